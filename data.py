@@ -1,0 +1,445 @@
+"""Clips in and out: the embedded shapes data set, folders of clips, and reading, writing and showing clips.
+
+One function, `sample_frames`, cuts both data sets (paper §3.2, FPS): a random part of a video, frames uniformly in it,
+and how many of them make a second. Videos are (f, 3, h, w), pixels in [-1, 1]. Read next: `vae.py`, where clips go.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """A mistake of the user's: one line that names the file or flag and the remedy (ours)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames and FPS: how both data sets cut a video (paper §3.2)
+
+
+def sample_frames(
+    total: int, rate: float, frames: int, rng: np.random.Generator, fps: float | None = None
+) -> tuple[np.ndarray, float]:
+    """A random part of a video and `frames` frames uniformly in it -> (their indices (frames,), v = their rate).
+
+    A video of `total` frames, `rate` a second, is cut at every stride-th frame: v = rate / stride frames a second. The
+    stride is uniform among those of 1 .. 6 that fit, or, given `fps`, the one nearest to rate / fps that fits; then the
+    start is uniform. Raises InputError if total < frames. Source: paper §3.2, FPS (a random part, uniform frames, v);
+    that the stride is an integer, and at most 6, is ours.
+    """
+    if total < frames:
+        raise InputError(f"--frames {frames}: the video has {total}; use a longer video or --frames {total}")
+    longest = (total - 1) // (frames - 1) if frames > 1 else 6
+    stride = int(rng.integers(min(longest, 6)) + 1) if fps is None else min(max(round(rate / fps), 1), longest)
+    start = rng.integers(total - (frames - 1) * stride)
+    return start + stride * np.arange(frames), float(rate / stride)
+
+
+class _Clips(torch.utils.data.Dataset):
+    """What both data sets share: the settings and their checks, the epoch, the random numbers of an item."""
+
+    def __init__(self, frames: int, size: int, seed: int, fps: float | None):
+        for flag, value, least in (("--frames", frames, 1), ("--size", size, 8)):
+            if value < least:
+                raise InputError(f"{flag} {value}: choose {least} or more")
+        if fps is not None and not fps > 0:
+            raise InputError(f"--fps {fps}: choose a number above 0")
+        self.frames, self.size, self.seed, self.fps, self.epoch = frames, size, seed, fps, 0
+
+    def set_epoch(self, epoch: int):
+        """Draws every item anew, as torch's DistributedSampler has it: call it before iterating a loader."""
+        self.epoch = epoch
+
+    def _rng(self, *item: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed % 2**32, self.epoch, *item])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded data set: one object on a dark plain background
+
+COLORS = {
+    "red": (1, 0, 0), "orange": (1, 0.5, 0), "yellow": (1, 1, 0), "green": (0, 1, 0),
+    "cyan": (0, 1, 1), "blue": (0, 0, 1), "magenta": (1, 0, 1), "white": (1, 1, 1),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle")
+MOTIONS = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking")
+BACKGROUND = 0.06  # gray, in [0, 1] as COLORS are
+
+
+def shape_captions(split: str) -> list[str]:
+    """The captions "a {color} {shape} {motion}" of a split: 120 for "train", 24 for "test" (ours).
+
+    Those of "test" are spread over every word: each (color, shape) pair once, each motion 4 times. They are never
+    trained on: following them shows that words, not sentences, were learned. Raises InputError for another split.
+    """
+    if split not in ("train", "test"):
+        raise InputError(f"split {split!r}: choose 'train' or 'test'")
+    return [
+        f"a {color} {shape} {motion}"
+        for c, color in enumerate(COLORS)
+        for s, shape in enumerate(SHAPES)
+        for m, motion in enumerate(MOTIONS)
+        if (m == (c + 2 * s) % 6) == (split == "test")
+    ]
+
+
+class ShapesDataset(_Clips):
+    """Clips of one object that moves, grows or shrinks, drawn when asked for (ours).
+
+    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}. Item i has caption i modulo their number and
+    depends on (seed, split, i, epoch) alone. The source video has 24 frames a second and lasts as long as the object's
+    way: enough for 8 a second, and for 4 if it is slow. At 8 a second, 8 frames show an object travel at least 0.3 of the
+    frame, or double or halve its area; for more `frames`, what would leave the frame is slowed. Raises IndexError past
+    the end, InputError for an impossible setting.
+    """
+
+    def __init__(self, split="train", frames=8, size=64, seed=0, fps: float | None = None, length=4800):
+        super().__init__(frames, size, seed, fps)
+        self.captions, self.split, self.length = shape_captions(split), split, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict:
+        i = range(self.length)[i]
+        caption = self.captions[i % len(self.captions)]
+        _, color, shape, motion = caption.split(" ", 3)
+        rng = self._rng(i, self.split == "test")
+
+        # The way is as long as the frame allows: in frame widths, or, of a resizing object, in powers of e of its side.
+        # The speed, in the same units a second, is constant: fast enough to be seen, slow enough for all frames to fit.
+        edge, side, small, large = 0.025, rng.uniform(0.20, 0.36), rng.uniform(0.15, 0.20), rng.uniform(0.42, 0.55)
+        resizing = motion in ("growing", "shrinking")
+        way, slowest = (math.log(large / small), 0.42) if resizing else (1 - 2 * edge - side, 0.36)
+        fastest = way / (max(self.frames - 1, 7) / 8)
+        speed = rng.uniform(min(slowest, fastest), fastest)
+        total = int(way / speed * 24 + 1e-6) + 1
+        indices, fps = sample_frames(total, 24, self.frames, rng, self.fps)
+
+        # Left, up and shrinking are right, down and growing played backwards.
+        backwards = motion in ("moving left", "moving up", "shrinking")
+        done = (total - 1 - indices if backwards else indices) * speed / 24                    # (f,)
+        room = edge + (large if resizing else side) / 2
+        x, y = (np.full_like(done, place) for place in rng.uniform(room, 1 - room, size=2))    # (f,)
+        if motion in ("moving left", "moving right"):
+            x = room + done
+        if motion in ("moving up", "moving down"):
+            y = room + done
+        sides = small * np.exp(done) if resizing else np.full_like(done, side)                 # (f,)
+        covered = _coverage(shape, self.size, *(np.float32(v * self.size) for v in (x, y, sides)))
+        color = np.float32(COLORS[color])[:, None, None] - np.float32(BACKGROUND)              # (3, 1, 1)
+        video = (2 * BACKGROUND - 1) + 2 * color * covered[:, None]                            # (f, 3, h, w)
+        return {"video": torch.from_numpy(video), "caption": caption, "fps": fps}
+
+
+def _coverage(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """How much of each pixel the object covers (f, h, w): its centres x, y and sides (f,) are in pixels."""
+    pixels = np.arange(size, dtype=np.float32) + 0.5
+    x = pixels - x[:, None, None]                                                              # (f, 1, w)
+    y = pixels[:, None] - y[:, None, None]                                                     # (f, h, 1)
+    half = side[:, None, None] / 2
+
+    def inside(distance):  # to an edge, in pixels, negative within: anti-aliased over one pixel
+        return np.clip(0.5 - distance, 0, 1)
+
+    if shape == "circle":
+        return inside(np.sqrt(x * x + y * y) - half)
+    if shape == "square":
+        return inside(np.abs(x) - half) * inside(np.abs(y) - half)
+    left, right = (inside((slope * x - y - half) / math.sqrt(5)) for slope in (-2, 2))
+    return left * right * inside(y - half)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of clips, and reading one
+
+ANIMATIONS = (".gif", ".webp", ".png")  # by Pillow
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # by av
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
+FOLDER_RATE = 8  # frames a second of such a clip, which says none: the default of sampling
+
+
+class ClipFolder(_Clips):
+    """Clips of a folder (ours): [i] -> {"video": (f, 3, size, size) in [-1, 1], "caption": str, "fps": float}.
+
+    A clip is NAME.gif, .webp, .png (animated), .mp4, .mov, .mkv, .webm, .avi, or a folder NAME of images, its frames in
+    natural order (2 before 10) at 8 a second. Captions come from metadata.jsonl or metadata.csv with file_name and
+    text; else from NAME.txt; else they are "", which trains the unconditional branch. Bytes that are not UTF-8 become
+    U+FFFD. The centre square is resized. Names that start with "." are skipped. Item i depends on (seed, i, epoch).
+
+    The constructor decodes every clip to its end, once: InputError for one that is unreadable, cut off or shorter than
+    `frames`, for a caption of a missing clip, and for a folder without clips. IndexError past the end.
+    """
+
+    def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0, fps: float | None = None):
+        super().__init__(frames, size, seed, fps)
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"{path}: {'not a folder' if self.path.exists() else 'no such folder'}; name one of clips")
+        entries = sorted((e for e in self.path.iterdir() if not e.name.startswith(".")), key=_natural)
+        self.clips = [e for e in entries if e.is_dir() or e.suffix.lower() in ANIMATIONS + VIDEOS]
+        if not self.clips:
+            raise InputError(f"{path}: no clips in it; put {', '.join(ANIMATIONS + VIDEOS)} or folders of images there")
+        self.captions = _read_captions(self.path, self.clips)
+        # Frame j of clip k is the stored picture sources[k][j]; rates[k] frames make a second.
+        self.sources, self.rates, self.sizes = [], [], set()
+        for clip in tqdm(self.clips, desc=f"reading {path}", unit="clip", leave=False, delay=2):
+            seconds = []
+            for frame, shown in _decode(clip):
+                seconds.append(shown)
+                self.sizes.add((frame.width, frame.height))
+            source, rate = _expand(seconds)
+            if len(source) < frames:
+                raise InputError(f"{clip}: has {len(source)} of {frames} frames; remove it, or ask for fewer (--frames)")
+            self.sources.append(source)
+            self.rates.append(rate)
+
+    def summary(self) -> str:
+        """What was found, on one line: clips, captions, sizes, frames, rates."""
+        found = [f"{len(self)} clips", f"{sum(map(bool, self.captions))} captions"]
+        sizes = [f"{w}x{h}" for w, h in sorted(self.sizes, key=math.prod)]
+        lengths, rates = sorted(map(len, self.sources)), [f"{rate:.4g}" for rate in sorted(self.rates)]
+        for unit, values in (("pixels", sizes), ("frames", lengths), ("frames a second", rates)):
+            low, high = values[0], values[-1]
+            found.append(f"{low if low == high else f'{low} to {high}'} {unit}")
+        return f"{self.path}: {', '.join(found)}"
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, i: int) -> dict:
+        i = range(len(self))[i]
+        source = self.sources[i]
+        indices, fps = sample_frames(len(source), self.rates[i], self.frames, self._rng(i), self.fps)
+        wanted = [int(source[j]) for j in indices]
+        pictures = {}
+        for k, (frame, _) in enumerate(_decode(self.clips[i])):
+            if k in wanted:
+                pictures[k] = _square(_rgb(frame), self.size)
+            if k == wanted[-1]:
+                break
+        video = np.stack([pictures[k] for k in wanted])                                        # (f, h, w, 3)
+        video = torch.from_numpy(video).permute(0, 3, 1, 2) / 127.5 - 1                        # (f, 3, h, w)
+        return {"video": video.contiguous(), "caption": self.captions[i], "fps": fps}
+
+
+def _natural(path: Path) -> list:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _square(picture: np.ndarray, size: int) -> np.ndarray:
+    """(h, w, 3) -> its centre square, resized with anti-aliasing to (size, size, 3)."""
+    h, w, _ = picture.shape
+    side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
+    square = Image.fromarray(picture[top : top + side, left : left + side])
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _read_captions(folder: Path, clips: list[Path]) -> list[str]:
+    """The caption of every clip, runs of white space made one blank."""
+    named = dict.fromkeys((clip.name for clip in clips), None)
+    for table in (folder / "metadata.jsonl", folder / "metadata.csv"):
+        for line, row in _rows(table) if table.is_file() else ():
+            name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+            if not isinstance(name, str) or not isinstance(text, str) or None in row:
+                raise InputError(f"{table}: line {line} must have file_name and text (in quotes where it has commas)")
+            if os.path.normpath(name) not in named:
+                raise InputError(f"{table}: line {line}: {name!r} is no clip in this folder; add it or remove the line")
+            named[os.path.normpath(name)] = text
+    for clip in clips:
+        beside = folder / f"{clip.name if clip.is_dir() else clip.stem}.txt"
+        if named[clip.name] is None:
+            named[clip.name] = beside.read_text("utf-8-sig", errors="replace") if beside.is_file() else ""
+    return [" ".join(text.split()) for text in named.values()]
+
+
+def _rows(table: Path):
+    """The (line, row) pairs of a .jsonl or .csv file."""
+    text, line = table.read_text("utf-8-sig", errors="replace"), 1
+    try:
+        if table.suffix == ".csv":
+            for line, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+                yield line, row
+        else:
+            for line, content in enumerate(text.split("\n"), 1):
+                if content.strip():
+                    yield line, json.loads(content)
+    except (json.JSONDecodeError, csv.Error) as error:
+        raise InputError(f"{table}: line {line} cannot be read ({error}); correct it") from error
+
+
+
+def read_clip(path: str | Path) -> tuple[np.ndarray, float]:
+    """All frames of a clip, uint8 (n, h, w, 3), and how many make a second; raises InputError (ours).
+
+    GIF, WebP and APNG show each picture for its own time, and writers merge equal neighbours: a picture becomes as many
+    frames as its delay holds the shortest one, rounded. A delay of 0 is 100 ms, as in browsers. Alpha lies on black.
+    """
+    pictures, seconds = zip(*((_rgb(frame), shown) for frame, shown in _decode(Path(path))))
+    source, rate = _expand(seconds)
+    return np.stack([pictures[k] for k in source]), rate
+
+
+def _decode(path: Path):
+    """Decodes a clip to its end -> pairs (Pillow image or av frame, Fraction of seconds it is shown), at least one.
+
+    What cannot be read, whatever the decoder says about it, is an InputError.
+    """
+    file, frame = path, None
+    try:
+        if path.is_dir():
+            for file in sorted((e for e in path.iterdir() if e.suffix.lower() in IMAGES), key=_natural):
+                with Image.open(file) as frame:
+                    frame.load()
+                    yield frame, Fraction(1, FOLDER_RATE)
+        elif path.suffix.lower() in VIDEOS:
+            import av
+
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                for packet in container.demux(stream):
+                    if packet.is_corrupt:
+                        raise EOFError("cut off")
+                    for frame in packet.decode():
+                        yield frame, 1 / (stream.average_rate or stream.guessed_rate)
+        else:
+            with Image.open(path) as frame:
+                for k in range(getattr(frame, "n_frames", 1)):
+                    frame.seek(k)
+                    frame.load()
+                    yield frame, Fraction(frame.info.get("duration") or 100) / 1000
+                # To Pillow a GIF that ends between two pictures is a short one: only its last byte tells.
+                if frame.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
+                    raise EOFError("cut off")
+        if frame is None:
+            raise EOFError("no frames in it")
+    except Exception as error:
+        remedy = "pip install av" if isinstance(error, ImportError) else "replace or remove it"
+        raise InputError(f"{file}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
+
+
+def _rgb(frame) -> np.ndarray:
+    """A Pillow image or an av frame -> uint8 (h, w, 3), alpha on black."""
+    if not isinstance(frame, Image.Image):
+        return frame.to_ndarray(format="rgb24")
+    black = Image.new("RGBA", frame.size, (0, 0, 0, 255))
+    return np.asarray(Image.alpha_composite(black, frame.convert("RGBA")).convert("RGB"))
+
+
+def _expand(seconds: list[Fraction]):
+    """How long each stored picture is shown -> (the picture that each frame shows, frames a second)."""
+    limit = min(seconds) * 3 / 2
+    single = [s for s in seconds if s < limit]  # 120 and 130 ms in a GIF are both one frame of 8 a second, rounded
+    repeats = [round(s * len(single) / sum(single)) for s in seconds]
+    # range: a long video needs no list of its frames
+    source = range(len(seconds)) if len(single) == len(seconds) else np.repeat(np.arange(len(seconds)), repeats)
+    return source, float(len(source) / sum(seconds))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing and showing clips
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Pixels in [-1, 1] (..., 3, h, w) -> uint8 (..., h, w, 3); what lies outside is clipped."""
+    video = ((video.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return video.movedim(-3, -1).contiguous().numpy()
+
+
+def write_clip(path: str | Path, video: Tensor, fps: float):
+    """Writes a video (f, 3, h, w) in [-1, 1] as .gif, .webp (lossless), .png (animated) or .mp4 (ours).
+
+    Delays are whole milliseconds, in a GIF hundredths of a second; a frame starts within half of one of its time. A GIF
+    has one palette of 256 colors for all frames, without dithering. An MP4 is H.264 (MPEG-4 where av lacks libx264);
+    odd sizes grow by a pixel. The file appears when it is whole. Raises InputError.
+    """
+    path, pictures = Path(path), to_uint8(video)                                               # (f, h, w, 3)
+    f, h, w, _ = pictures.shape
+    suffix = path.suffix.lower()
+    if suffix not in (".gif", ".webp", ".png", ".mp4"):
+        raise InputError(f"{path}: unknown kind of clip; end its name in .gif, .webp, .png or .mp4")
+    tick = 10 if suffix == ".gif" else 1
+    if not 0 < fps <= 1000 / tick:
+        raise InputError(f"--fps {fps}: choose more than 0 and at most {1000 // tick} for {path}")
+    if suffix == ".mp4":
+        return _write_mp4(path, pictures, Fraction(fps).limit_denominator(1001))
+    if suffix == ".gif":
+        tall = Image.fromarray(pictures.reshape(f * h, w, 3)).quantize(256, dither=Image.Dither.NONE)
+        images, options = [tall.crop((0, k * h, w, (k + 1) * h)) for k in range(f)], {"optimize": False}
+    else:
+        images = [Image.fromarray(picture) for picture in pictures]
+        options = {"lossless": True} if suffix == ".webp" else {"blend": 0, "disposal": 1}  # keeps equal neighbours
+    delays = tick * np.diff(np.round(np.arange(f + 1) * 1000 / (tick * fps))).astype(int)
+    with _replacing(path) as unfinished:
+        first, *rest = images
+        first.save(unfinished, save_all=True, append_images=rest, duration=delays.tolist(), loop=0, **options)
+
+
+def _write_mp4(path: Path, pictures: np.ndarray, rate: Fraction):
+    _, h, w, _ = pictures.shape
+    pictures = np.pad(pictures, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+    with _replacing(path) as unfinished:
+        import av
+
+        with av.open(str(unfinished), "w") as container:
+            stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+            stream.height, stream.width = pictures.shape[1:3]
+            stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
+            for k, picture in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = k, 1 / rate
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+
+def write_image(path: str | Path, picture: Tensor):
+    """Writes a picture (3, h, w) in [-1, 1] as `write_clip` writes a clip of one frame: .png says it best."""
+    write_clip(path, picture.unsqueeze(0), fps=1)
+
+
+@contextmanager
+def _replacing(path: Path):
+    """A name beside `path`, of the same suffix, for a file that takes its place once it is whole."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, ImportError) as error:
+        remedy = "pip install av" if isinstance(error, ImportError) else "choose another place"
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); {remedy}") from error
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
+
+
+def grid(videos: Tensor) -> Tensor:
+    """Clips (n, f, 3, h, w) -> one clip (f, 3, H, W): all of them in a near-square grid, white gaps between."""
+    return _tile(videos, columns=math.ceil(math.sqrt(len(videos))))
+
+
+def strip(videos: Tensor) -> Tensor:
+    """Clips (n, f, 3, h, w) -> one picture (3, H, W): a row for each clip, its frames side by side."""
+    return _tile(videos.flatten(0, 1).unsqueeze(1), columns=videos.shape[1])[0]
+
+
+def _tile(videos: Tensor, columns: int, gap: int = 2) -> Tensor:
+    n, f, c, h, w = videos.shape
+    rows = math.ceil(n / columns)
+    tiles = videos.new_ones(rows * columns, f, c, h + gap, w + gap)  # white where no clip lies
+    tiles[:n, :, :, :h, :w] = videos
+    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 3, 0, 4, 1, 5)            # (f, c, rows, h, columns, w)
+    return tiles.reshape(f, c, rows * (h + gap), columns * (w + gap))[..., :-gap, :-gap]

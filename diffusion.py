@@ -1,0 +1,159 @@
+"""Latent diffusion (paper §3.2): noise is added by a fixed schedule, a network learns to predict it, and sampling
+walks the schedule backwards. Schedule, DDPM and DDIM are Stable Diffusion's, number for number; the paper names
+none (see README, "Where the paper is silent"). Read `magicvideo.py` next: the five parts made one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class DiffusionConfig:
+    """The noise schedule and what the network predicts; the defaults are Stable Diffusion 1.x and the paper's loss."""
+
+    steps: int = 1000  # T
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
+    snr_gamma: float = 0.0  # weight of the loss capped at this signal-to-noise ratio (min-SNR); 0 = unweighted (paper)
+
+
+class Diffusion:
+    """q(z_t | z_0), the training loss and the samplers; t counts 0 .. T-1 as in Stable Diffusion.
+
+    Raises ValueError for an unknown prediction.
+    """
+
+    def __init__(self, config: DiffusionConfig | None = None):
+        self.config = config = config or DiffusionConfig()
+        if config.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f'prediction "{config.prediction}" is unknown: use "epsilon" or "v_prediction"')
+        # "scaled linear": the square roots of the betas are evenly spaced (matches SD)
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
+        # alpha_bar_t: made in float32 as diffusers makes it, then kept in float64 so that nothing else is rounded
+        self.alphas_cumprod = (1 - betas).cumprod(0).double()
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of steps t (b,), shaped to multiply `like` (b, ...)."""
+        alpha = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
+        return alpha.sqrt().to(like), (1 - alpha).sqrt().to(like)
+
+    def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) -> z_t (b, f, c, h, w)."""
+        # z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
+        signal, noise = self.coefficients(t, z0)
+        return signal * z0 + noise * eps
+
+    def loss(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
+             generator: torch.Generator | None = None) -> Tensor:
+        """|| eps - eps_hat(z_t, t, context, fps) ||^2, t uniform in [0, T), averaged over everything (paper §3.2).
+
+        z0 (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model -> scalar. With "v_prediction" the
+        network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022), and
+        `snr_gamma` weighs the steps by min-SNR (Hang et al. 2023): ours, for small models from scratch.
+        """
+        t = torch.randint(self.config.steps, (len(z0),), generator=generator)
+        eps = normal(z0.shape, generator).to(z0)
+        predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
+        target = eps
+        if self.config.prediction == "v_prediction":
+            signal, noise = self.coefficients(t, z0)
+            target = signal * eps - noise * z0
+        error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3, 4))  # (b,)
+        return (error * self.weight(t).to(error)).mean()
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight of each step's loss: 1, or min-SNR: the squared error of z_0 counted min(SNR, gamma) times, (b,)."""
+        if not self.config.snr_gamma:
+            return torch.ones(len(t))
+        alpha = self.alphas_cumprod[t.cpu()]
+        snr = alpha / (1 - alpha)
+        capped = snr.clamp(max=self.config.snr_gamma)
+        # |z_0 - z_0_hat|^2 = |eps - eps_hat|^2 / SNR = |v - v_hat|^2 / (SNR + 1)
+        return capped / (snr if self.config.prediction == "epsilon" else snr + 1)
+
+    @torch.no_grad()
+    def sample(self, model: Callable, shape: tuple[int, ...], context: Tensor, uncond: Tensor, fps: Tensor | None,
+               sampler: str = "ddim", steps: int = 50, guidance: float = 7.5, eta: float = 0.0,
+               generator: torch.Generator | list[torch.Generator] | None = None,
+               progress: Callable = lambda steps: steps) -> Tensor:
+        """Noise to latents: shape (b, f, c, h, w), context and uncond (b, l, d), fps (b,) -> z_0 of that shape.
+
+        `sampler` is "ddim" (eta 0 deterministic, eta 1 as noisy as DDPM) or "ddpm"; `generator` is one for the batch or
+        a list with one for each clip; `progress` wraps the list of steps. Raises ValueError for a sampler that is
+        unknown or a number of steps outside 1 .. T.
+        """
+        if sampler not in ("ddim", "ddpm"):
+            raise ValueError(f'sampler "{sampler}" is unknown: use "ddim" or "ddpm"')
+        z = normal(shape, generator).to(context)
+        for t in progress(self.timesteps(steps)):
+            output = self.guided(model, z, t, context, uncond, fps, guidance)
+            eps = normal(shape, generator).to(z) if (sampler == "ddpm" or eta > 0) else torch.zeros_like(z)
+            if sampler == "ddim":
+                z = self.ddim_step(z, output, t, t - self.config.steps // steps, eta, eps)
+            else:
+                z = self.ddpm_step(z, output, t, t - self.config.steps // steps, eps)
+        return z
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The visited t, high to low: "leading" spacing with offset 1, 50 steps are 981, 961 .. 1 (matches SD)."""
+        total = self.config.steps
+        if not 1 <= steps <= total:
+            raise ValueError(f"{steps} sampling steps asked for: give 1 to {total}")
+        stride = total // steps
+        offset = 1 if (steps - 1) * stride + 1 < total else 0  # all 1000 steps: 999 .. 0, there is no step 1000
+        return [i * stride + offset for i in reversed(range(steps))]
+
+    def guided(self, model: Callable, z: Tensor, t: int, context: Tensor, uncond: Tensor, fps: Tensor | None,
+               guidance: float) -> Tensor:
+        """Classifier-free guidance: the network's output pushed away from the one without text, shape of z."""
+        t = torch.full((len(z),), t, device=z.device)
+        if guidance == 1:
+            return model(z, t, context, fps)
+        # both halves in one batch: uncond + s (cond - uncond)
+        both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([uncond, context]),
+                     None if fps is None else torch.cat([fps, fps]))
+        without, given = both.chunk(2)
+        return without + guidance * (given - without)
+
+    def split(self, z: Tensor, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """What the network's output at step t says of z_t: (z_0_hat, eps_hat), each of z's shape."""
+        signal, noise = self.alphas_cumprod[t].sqrt().item(), (1 - self.alphas_cumprod[t]).sqrt().item()
+        if self.config.prediction == "v_prediction":
+            return signal * z - noise * output, signal * output + noise * z
+        # z_0_hat = (z_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t)
+        return (z - noise * output) / signal, output
+
+    def ddim_step(self, z: Tensor, output: Tensor, t: int, previous: int, eta: float, eps: Tensor) -> Tensor:
+        """z_t -> z_previous (DDIM, Song et al. 2021, eq. 12); below step 0 alpha_bar is that of step 0 (matches SD)."""
+        alpha, alpha_previous = self.alphas_cumprod[t].item(), self.alphas_cumprod[max(previous, 0)].item()
+        z0_hat, eps_hat = self.split(z, output, t)
+        # sigma^2 = eta^2 (1 - alpha_bar_prev) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_prev)
+        variance = eta**2 * (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
+        # z_prev = sqrt(alpha_bar_prev) z_0_hat + sqrt(1 - alpha_bar_prev - sigma^2) eps_hat + sigma eps
+        return alpha_previous**0.5 * z0_hat + (1 - alpha_previous - variance) ** 0.5 * eps_hat + variance**0.5 * eps
+
+    def ddpm_step(self, z: Tensor, output: Tensor, t: int, previous: int, eps: Tensor) -> Tensor:
+        """z_t -> z_previous, a draw from q(z_prev | z_t, z_0_hat) (DDPM, Ho et al. 2020, eq. 7; matches SD)."""
+        alpha = self.alphas_cumprod[t].item()
+        alpha_previous = self.alphas_cumprod[previous].item() if previous >= 0 else 1.0
+        beta = 1 - alpha / alpha_previous  # of the whole stride from previous to t
+        z0_hat, _ = self.split(z, output, t)
+        # mean = sqrt(alpha_bar_prev) beta / (1 - alpha_bar) z_0_hat
+        #      + sqrt(alpha_bar / alpha_bar_prev) (1 - alpha_bar_prev) / (1 - alpha_bar) z_t
+        mean = (alpha_previous**0.5 * beta * z0_hat + (1 - beta) ** 0.5 * (1 - alpha_previous) * z) / (1 - alpha)
+        # variance = (1 - alpha_bar_prev) / (1 - alpha_bar) beta
+        return mean + ((1 - alpha_previous) / (1 - alpha) * beta) ** 0.5 * eps
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Standard normal noise of `shape`, drawn on the CPU so that a seed gives the same clip on every device (ours).
+
+    A list of generators gives each clip its own, so that a clip does not depend on its neighbours in the batch.
+    """
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
+    return torch.randn(shape, generator=generator)

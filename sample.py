@@ -1,0 +1,65 @@
+"""Prompts in, clips out: `python sample.py "a red circle moving left"` (paper §3, from text to the decoded clip)."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import InputError, check_clip_path, grid, write_clip
+from magicvideo import MagicVideo, choose_device
+
+SHIPPED = Path(__file__).parent / "checkpoints" / "shapes.pt"
+
+
+def newest_model() -> Path:
+    """The model of the newest run under runs/, else the one shipped with the code. Raises InputError if neither is."""
+    models = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    if models:
+        return models[-1]
+    if SHIPPED.is_file():
+        return SHIPPED
+    raise InputError("no model under runs/: run python train.py first, or name one with --checkpoint")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the command line, samples every prompt, writes one clip: a grid where there are several."""
+    parser = argparse.ArgumentParser(description="Samples clips from prompts; several prompts make one grid.")
+    parser.add_argument("prompts", nargs="+", help='what to show; "" samples without text')
+    parser.add_argument("--checkpoint", help="a model.pt (default: the newest under runs/, else the shipped one)")
+    parser.add_argument("--out", default="clip.gif", help="a .gif, .webp, .png (animated) or .mp4 (default: clip.gif)")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames per second to show and to condition on (default: 8)")
+    parser.add_argument("--frames", type=int, help="frames of the clip: the number that the model was trained for")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (default: 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text; 1 = no guidance (default: 7.5)")
+    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="(default: ddim)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt i takes seed + i (default: 0)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    flags = parser.parse_args(arguments)
+
+    check_clip_path(flags.out)  # before the work, not after it
+    torch.set_flush_denormal(True)
+    checkpoint = Path(flags.checkpoint) if flags.checkpoint else newest_model()
+    model = MagicVideo.load(checkpoint, choose_device(flags.device))
+    print(f"model: {checkpoint}")
+    started = time.time()
+    clips = model.sample(
+        flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler, flags.seed, flags.eta, flags.frames,
+        progress=lambda steps: tqdm(steps, desc=flags.sampler, unit="step", dynamic_ncols=True))
+    write_clip(flags.out, grid(clips.cpu()) if len(clips) > 1 else clips[0].cpu(), flags.fps)
+    b, f, _, h, w = clips.shape
+    print(f"wrote {flags.out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in {time.time() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sample.py: stopped, nothing written", file=sys.stderr)
+        sys.exit(130)

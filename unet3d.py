@@ -1,0 +1,416 @@
+"""The 3D U-Net of MagicVideo (paper §3.2): Stable Diffusion's image U-Net, taught to see a whole clip.
+
+Three small things are added to the image model, and each starts without any effect, so that training begins
+from the image model exactly: a `FrameAdaptor` after every 3x3 convolution, a `DirectedTemporalAttention` beside every
+spatial transformer, an `FPSEmbedding` beside the time embedding. Image parts carry diffusers' names; new parts stand in
+parallel lists beside them, so that no image weight changes its name. Read `diffusion.py` next: what this network is for.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class UNetConfig:
+    """Sizes of the U-Net; the defaults are Stable Diffusion 1.x with the paper's 16 frames."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level; each level halves the size
+    attention: tuple[bool, ...] = (True, True, True, False)  # the levels that have spatial and temporal attention
+    layers: int = 2  # resnets a level on the way down, one more on the way up
+    heads: int = 8
+    groups: int = 32  # of every GroupNorm
+    context_width: int = 768  # of the text tokens
+    frames: int = 16  # the adaptors hold one scale and one shift per frame
+    mask: str = "strict"  # of the temporal attention: "strict" or "literal", see directed_attention
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What MagicVideo adds
+
+
+class FrameAdaptor(nn.Module):
+    """Per-frame affine after a shared 2D convolution: z_i = S_i * conv(z_i) + B_i (paper §3.2.1).
+
+    One scale and one shift per frame and channel, (f, c). They start at 1 and 0, so that an image model stays
+    itself (shape and start are ours: the paper is silent).
+    """
+
+    def __init__(self, frames: int, channels: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(frames, channels))
+        self.shift = nn.Parameter(torch.zeros(frames, channels))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (b, f, c, h, w), or tokens (b, f, n, c) -> the same shape. Raises ValueError if f is not the trained one."""
+        frames = len(self.scale)
+        if z.shape[1] != frames:
+            raise ValueError(f"{z.shape[1]} frames given, but this model's adaptors hold one scale and shift for each "
+                             f"of {frames} frames (paper §3.2.1): give {frames}, or train for {z.shape[1]}")
+        per_channel = (..., None, None) if z.ndim == 5 else (slice(None), None)
+        # z_i = S_i * z_i + B_i
+        return torch.addcmul(self.shift[per_channel], self.scale[per_channel], z)
+
+
+def directed_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    """Attention over frames in which frame i reads frames 1..i only (paper §3.2.2), q, k, v (n, heads, f, d) -> same.
+
+    The paper writes A = softmax(Q K^T / sqrt(d)) * M, M lower triangular with rows = queries. To the letter, the
+    product after the softmax ("literal") leaves later frames in the denominator: rows no longer sum to one, and frame 1
+    still feels frame 16. "strict" (ours, default) masks before the softmax: the same weights, each row divided by its
+    sum, and truly "independent of future frames" as the text promises.
+    """
+    if mask == "strict":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
+
+
+class DirectedTemporalAttention(nn.Module):
+    """T-Attn(LN(z)): every pixel's short sequence of frames attends to itself, past to present (paper §3.2.2).
+
+    Frames mix at equal (h, w) only. There is no frame position: order comes from the mask and the adaptors, as in the
+    paper. The output projection starts at zero, weight and bias (ours: the paper is silent). Raises ValueError for an
+    unknown mask.
+    """
+
+    def __init__(self, channels: int, heads: int, mask: str = "strict"):
+        super().__init__()
+        if mask not in ("strict", "literal"):
+            raise ValueError(f'mask "{mask}" is unknown: use "strict" or "literal"')
+        self.heads, self.mask = heads, mask
+        self.norm = nn.LayerNorm(channels, eps=1e-5)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(channels, channels, bias=False)
+        self.to_v = nn.Linear(channels, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (b, f, c, h, w) -> what to add to z, the same shape."""
+        b, f, c, h, w = z.shape
+        tokens = self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)  # one sequence per pixel: its f frames
+        q, k, v = (split_heads(to(tokens), self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out(merge_heads(directed_attention(q, k, v, self.mask)))  # (b*h*w, f, c)
+        return out.reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2)
+
+
+class FPSEmbedding(nn.Module):
+    """emb_v = Linear(SiLU(Linear(Sin(v)))), v in frames per second (paper §3.2, FPS): fps (b,) -> (b, 4c).
+
+    It is added to the time embedding, and its last layer starts at zero (both ours: the paper is silent).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
+
+    def forward(self, fps: Tensor) -> Tensor:
+        wave = sinusoid(fps, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(wave)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's parts, in diffusers' names
+
+
+def sinusoid(x: Tensor, width: int) -> Tensor:
+    """Positions x (b,) -> [cos, sin] waves (b, width) of periods 2 pi .. 20000 pi, in float32 (matches SD)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(n, l, c) -> (n, heads, l, c/heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(n, heads, l, d) -> (n, l, heads*d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def per_frame(layer: nn.Module, z: Tensor) -> Tensor:
+    """An image layer on every frame by itself: z (b, f, c, h, w) -> (b, f, c', h', w')."""
+    return layer(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear over the sinusoid of the step: t (b,) -> (b, 4c) (matches SD)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, 4 * channels)
+        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t: Tensor) -> Tensor:
+        wave = sinusoid(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(wave)))
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions around a residual, the time embedding added between them (matches SD).
+
+    Video: each convolution is followed by its own `FrameAdaptor`.
+    """
+
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.channels[0], c_out)
+        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=1e-5)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, z: Tensor, emb: Tensor, adaptors: nn.ModuleList | None) -> Tensor:
+        """z (b, f, c_in, h, w), emb (b, 4c), one adaptor per convolution or None (image) -> (b, f, c_out, h, w)."""
+        x = per_frame(self.conv1, F.silu(per_frame(self.norm1, z)))  # (b, f, c_out, h, w)
+        x = adaptors[0](x) if adaptors else x
+        x = x + self.time_emb_proj(F.silu(emb))[:, None, :, None, None]
+        x = per_frame(self.conv2, F.silu(per_frame(self.norm2, x)))
+        x = adaptors[1](x) if adaptors else x
+        return x + (per_frame(self.conv_shortcut, z) if self.conv_shortcut else z)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (n, l, c) to context (n, m, d) -> (n, l, c); to itself where d is c (matches SD)."""
+
+    def __init__(self, channels: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_width, channels, bias=False)
+        self.to_v = nn.Linear(context_width, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since SD's name is to_out.0
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class GEGLU(nn.Module):
+    """(n, c) -> (n, 4c): the first half of the projection is the value, the second half its gate (matches SD)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 8 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # two products with half the weight each: the same as chunking one product, without a copy of it on the way back
+        (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        return F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate))
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a linear layer back to c; index 1 of SD's list is a dropout without weights (matches SD)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """S-Attn(z) = Cross-Attn(LN(MHSA(LN(z)))) with SD's residuals and feed-forward (paper §3.2.2; matches SD).
+
+    Video: the paper's figure draws a second adaptor set after the self-attention of each frame.
+    """
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.attn1 = Attention(channels, channels, config.heads)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.attn2 = Attention(channels, config.context_width, config.heads)
+        self.norm3 = nn.LayerNorm(channels, eps=1e-5)
+        self.ff = FeedForward(channels)
+
+    def forward(self, tokens: Tensor, context: Tensor, adaptor: FrameAdaptor | None) -> Tensor:
+        """tokens (b, f, h*w, c), context (b, l, d) -> the same shape as tokens."""
+        b, f, n, c = tokens.shape
+        x = self.norm1(tokens).flatten(0, 1)  # (b*f, h*w, c): frames do not see each other
+        x = self.attn1(x, x).unflatten(0, (b, f))  # (b, f, h*w, c)
+        tokens = tokens + (adaptor(x) if adaptor else x)
+        # every frame reads the same text, so all f*h*w queries of a clip share one set of keys
+        tokens = tokens + self.attn2(self.norm2(tokens).flatten(1, 2), context).unflatten(1, (f, n))
+        return tokens + self.ff(self.norm3(tokens))
+
+
+class SpatialTransformer(nn.Module):
+    """Normalise, project, one TransformerBlock over the pixels of each frame, project, add to z (matches SD)."""
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, z: Tensor, context: Tensor, adaptor: FrameAdaptor | None) -> Tensor:
+        """z (b, f, c, h, w), context (b, l, d) -> the same shape as z."""
+        b, f, c, h, w = z.shape
+        tokens = per_frame(self.proj_in, per_frame(self.norm, z)).flatten(3).transpose(2, 3)  # (b, f, h*w, c)
+        tokens = self.transformer_blocks[0](tokens, context, adaptor)
+        return z + per_frame(self.proj_out, tokens.transpose(2, 3).unflatten(3, (h, w)))  # (b, f, c, h, w)
+
+
+class Downsample(nn.Module):
+    """(n, c, h, w) -> (n, c, h/2, w/2) by a convolution of stride 2, padding 1 (matches SD's U-Net)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(n, c, h, w) -> (n, c, 2h, 2w): nearest neighbour, then a convolution (matches SD)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The levels and the network
+
+
+class Level(nn.Module):
+    """The layers of one resolution: image parts and, in parallel lists, what the video model adds to each of them."""
+
+    def __init__(self, inputs: list[int], c: int, attentions: int, config: UNetConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, config) for c_in in inputs)
+        self.attentions = nn.ModuleList(SpatialTransformer(c, config) for _ in range(attentions))
+        # the video parts
+        self.resnet_adaptors = nn.ModuleList(
+            nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(2)) for _ in inputs)
+        self.attention_adaptors = nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(attentions))
+        self.temporal_attentions = nn.ModuleList(
+            DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions))
+
+    def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
+        """Resnet i and, where there is one, the ST block i (paper, figure of the 3D U-Net)."""
+        z = self.resnets[i](z, emb, self.resnet_adaptors[i] if video else None)
+        if i >= len(self.attentions):
+            return z
+        if not video:
+            return self.attentions[i](z, context, None)
+        # z_out = S-Attn(z) + T-Attn(z): two parallel branches that read the same tensor (paper §3.2.2)
+        return self.attentions[i](z, context, self.attention_adaptors[i]) + self.temporal_attentions[i](z)
+
+    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
+        for i in range(len(self.resnets)):
+            z = self.layer(i, z, emb, context, video)
+        return z
+
+
+class DownLevel(Level):
+    """A level on the way down: every layer's output is kept for the way up; all but the last level halve the size."""
+
+    def __init__(self, c_in: int, c: int, attention: bool, last: bool, config: UNetConfig):
+        super().__init__([c_in] + [c] * (config.layers - 1), c, config.layers if attention else 0, config)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c)])
+        self.downsampler_adaptors = nn.ModuleList([] if last else [FrameAdaptor(config.frames, c)])
+
+    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            z = self.layer(i, z, emb, context, video)
+            skips.append(z)
+        for downsample, adaptor in zip(self.downsamplers, self.downsampler_adaptors):
+            z = per_frame(downsample, z)  # (b, f, c, h/2, w/2)
+            z = adaptor(z) if video else z
+            skips.append(z)
+        return z
+
+
+class UpLevel(Level):
+    """A level on the way up: every layer reads a kept output beside its input; all but the last double the size."""
+
+    def __init__(self, inputs: list[int], c: int, attention: bool, last: bool, config: UNetConfig):
+        super().__init__(inputs, c, len(inputs) if attention else 0, config)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(c)])
+        self.upsampler_adaptors = nn.ModuleList([] if last else [FrameAdaptor(config.frames, c)])
+
+    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            z = self.layer(i, torch.cat([z, skips.pop()], dim=2), emb, context, video)
+        for upsample, adaptor in zip(self.upsamplers, self.upsampler_adaptors):
+            z = per_frame(upsample, z)  # (b, f, c, 2h, 2w)
+            z = adaptor(z) if video else z
+        return z
+
+
+class UNet3D(nn.Module):
+    """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (b, f, c, h, w).
+
+    Without fps it is the image model: each frame by itself, any number of them, no new part used (training stage
+    "image"). GroupNorm sees one frame at a time, so with strict masks the whole network is causal in the frames.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        c, last = config.channels, len(config.channels) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, c[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(c[0])
+        self.down_blocks = nn.ModuleList(
+            DownLevel(c[max(i - 1, 0)], c[i], config.attention[i], i == last, config) for i in range(last + 1))
+        self.mid_block = Level([c[-1], c[-1]], c[-1], 1, config)
+
+        # widths of the kept outputs, in the order they are made; the way up takes them from the end
+        kept = [c[0]] + [width for i in range(last + 1) for width in [c[i]] * (config.layers + (i < last))]
+        self.up_blocks, z_width = nn.ModuleList(), c[-1]
+        for i in reversed(range(last + 1)):
+            inputs = []
+            for _ in range(config.layers + 1):
+                inputs.append(z_width + kept.pop())
+                z_width = c[i]
+            self.up_blocks.append(UpLevel(inputs, c[i], config.attention[i], i == 0, config))
+        self.conv_norm_out = nn.GroupNorm(config.groups, c[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(c[0], config.out_channels, 3, padding=1)
+        # the video parts outside the levels
+        self.conv_in_adaptor = FrameAdaptor(config.frames, c[0])
+        self.conv_out_adaptor = FrameAdaptor(config.frames, config.out_channels)
+        self.fps_embedding = FPSEmbedding(c[0])
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None) -> Tensor:
+        """Raises ValueError if f is not the trained number of frames, or h or w cannot be halved often enough."""
+        video, factor = fps is not None, 2 ** (len(self.down_blocks) - 1)
+        if z.shape[-2] % factor or z.shape[-1] % factor:
+            raise ValueError(f"latents of {z.shape[-2]} x {z.shape[-1]} given: both must be multiples of {factor}")
+        emb = self.time_embedding(t)  # (b, 4c)
+        if video:
+            emb = emb + self.fps_embedding(fps)
+        z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
+        z = self.conv_in_adaptor(z) if video else z
+        skips = [z]
+        for level in self.down_blocks:
+            z = level(z, emb, context, video, skips)
+        z = self.mid_block(z, emb, context, video)
+        for level in self.up_blocks:
+            z = level(z, emb, context, video, skips)
+        z = per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, z)))  # (b, f, out_channels, h, w)
+        return self.conv_out_adaptor(z) if video else z
