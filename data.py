@@ -29,9 +29,7 @@ class InputError(ValueError):
 # Frames and FPS: how both data sets cut a video (paper §3.2)
 
 
-def sample_frames(
-    total: int, rate: float, frames: int, rng: np.random.Generator, fps: float | None = None
-) -> tuple[np.ndarray, float]:
+def sample_frames(total: int, rate: float, frames: int, rng: np.random.Generator, fps: float | None = None):
     """A random part of a video and `frames` frames uniformly in it -> (their indices (frames,), v = their rate).
 
     A video of `total` frames, `rate` a second, is cut at every stride-th frame: v = rate / stride frames a second. The
@@ -57,6 +55,9 @@ class _Clips(torch.utils.data.Dataset):
         if fps is not None and not fps > 0:
             raise InputError(f"--fps {fps}: choose a number above 0")
         self.frames, self.size, self.seed, self.fps, self.epoch = frames, size, seed, fps, 0
+
+    def __len__(self) -> int:
+        return self.length
 
     def set_epoch(self, epoch: int):
         """Draws every item anew, as torch's DistributedSampler has it: call it before iterating a loader."""
@@ -98,19 +99,16 @@ def shape_captions(split: str) -> list[str]:
 class ShapesDataset(_Clips):
     """Clips of one object that moves, grows or shrinks, drawn when asked for (ours).
 
-    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}. Item i has caption i modulo their number and
-    depends on (seed, split, i, epoch) alone. The source video has 24 frames a second and lasts as long as the object's
-    way: enough for 8 a second, and for 4 if it is slow. At 8 a second, 8 frames show an object travel at least 0.3 of the
-    frame, or double or halve its area; for more `frames`, what would leave the frame is slowed. Raises IndexError past
-    the end, InputError for an impossible setting.
+    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}. Item i has caption i modulo their number
+    and depends on (seed, split, i, epoch) alone. The source video has 24 frames a second and lasts as long as the
+    object's way: enough for 8 a second, and for 4 if it is slow. At 8 a second, 8 frames show an object travel at
+    least 0.3 of the frame, or double or halve its area; for more `frames`, what would leave the frame is slowed.
+    Raises IndexError past the end, InputError for an impossible setting.
     """
 
     def __init__(self, split="train", frames=8, size=64, seed=0, fps: float | None = None, length=4800):
         super().__init__(frames, size, seed, fps)
         self.captions, self.split, self.length = shape_captions(split), split, length
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, i: int) -> dict:
         i = range(self.length)[i]
@@ -132,12 +130,10 @@ class ShapesDataset(_Clips):
         backwards = motion in ("moving left", "moving up", "shrinking")
         done = (total - 1 - indices if backwards else indices) * speed / 24                    # (f,)
         room = edge + (large if resizing else side) / 2
-        x, y = (np.full_like(done, place) for place in rng.uniform(room, 1 - room, size=2))    # (f,)
-        if motion in ("moving left", "moving right"):
-            x = room + done
-        if motion in ("moving up", "moving down"):
-            y = room + done
-        sides = small * np.exp(done) if resizing else np.full_like(done, side)                 # (f,)
+        x, y = rng.uniform(room, 1 - room, size=2)
+        x = room + done if motion in ("moving left", "moving right") else x + 0 * done         # (f,)
+        y = room + done if motion in ("moving up", "moving down") else y + 0 * done            # (f,)
+        sides = small * np.exp(done) if resizing else side + 0 * done                          # (f,)
         covered = _coverage(shape, self.size, *(np.float32(v * self.size) for v in (x, y, sides)))
         color = np.float32(COLORS[color])[:, None, None] - np.float32(BACKGROUND)              # (3, 1, 1)
         video = (2 * BACKGROUND - 1) + 2 * color * covered[:, None]                            # (f, 3, h, w)
@@ -192,7 +188,7 @@ class ClipFolder(_Clips):
         self.clips = [e for e in entries if e.is_dir() or e.suffix.lower() in ANIMATIONS + VIDEOS]
         if not self.clips:
             raise InputError(f"{path}: no clips in it; put {', '.join(ANIMATIONS + VIDEOS)} or folders of images there")
-        self.captions = _read_captions(self.path, self.clips)
+        self.captions, self.length = _read_captions(self.path, self.clips), len(self.clips)
         # Frame j of clip k is the stored picture sources[k][j]; rates[k] frames make a second.
         self.sources, self.rates, self.sizes = [], [], set()
         for clip in tqdm(self.clips, desc=f"reading {path}", unit="clip", leave=False, delay=2):
@@ -202,25 +198,21 @@ class ClipFolder(_Clips):
                 self.sizes.add((frame.width, frame.height))
             source, rate = _expand(seconds)
             if len(source) < frames:
-                raise InputError(f"{clip}: has {len(source)} of {frames} frames; remove it, or ask for fewer (--frames)")
+                raise InputError(f"{clip}: has {len(source)} of {frames} frames; remove it or lower --frames")
             self.sources.append(source)
             self.rates.append(rate)
 
     def summary(self) -> str:
         """What was found, on one line: clips, captions, sizes, frames, rates."""
-        found = [f"{len(self)} clips", f"{sum(map(bool, self.captions))} captions"]
-        sizes = [f"{w}x{h}" for w, h in sorted(self.sizes, key=math.prod)]
+        found = f"{self.path}: {len(self)} clips, {sum(map(bool, self.captions))} captions"
+        sizes = [f"{w}x{h}" for w, h in sorted(sorted(self.sizes), key=math.prod)]
         lengths, rates = sorted(map(len, self.sources)), [f"{rate:.4g}" for rate in sorted(self.rates)]
         for unit, values in (("pixels", sizes), ("frames", lengths), ("frames a second", rates)):
-            low, high = values[0], values[-1]
-            found.append(f"{low if low == high else f'{low} to {high}'} {unit}")
-        return f"{self.path}: {', '.join(found)}"
-
-    def __len__(self) -> int:
-        return len(self.clips)
+            found += ", " + " to ".join(dict.fromkeys(str(end) for end in (values[0], values[-1]))) + f" {unit}"
+        return found
 
     def __getitem__(self, i: int) -> dict:
-        i = range(len(self))[i]
+        i = range(self.length)[i]
         source = self.sources[i]
         indices, fps = sample_frames(len(source), self.rates[i], self.frames, self._rng(i), self.fps)
         wanted = [int(source[j]) for j in indices]
@@ -249,36 +241,33 @@ def _square(picture: np.ndarray, size: int) -> np.ndarray:
 
 def _read_captions(folder: Path, clips: list[Path]) -> list[str]:
     """The caption of every clip, runs of white space made one blank."""
-    named = dict.fromkeys((clip.name for clip in clips), None)
+    captions = {}
+    for clip in clips:
+        beside = folder / f"{clip.name if clip.is_dir() else clip.stem}.txt"
+        captions[clip.name] = beside.read_text("utf-8-sig", errors="replace") if beside.is_file() else ""
     for table in (folder / "metadata.jsonl", folder / "metadata.csv"):
         for line, row in _rows(table) if table.is_file() else ():
             name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
             if not isinstance(name, str) or not isinstance(text, str) or None in row:
                 raise InputError(f"{table}: line {line} must have file_name and text (in quotes where it has commas)")
-            if os.path.normpath(name) not in named:
+            if os.path.normpath(name) not in captions:
                 raise InputError(f"{table}: line {line}: {name!r} is no clip in this folder; add it or remove the line")
-            named[os.path.normpath(name)] = text
-    for clip in clips:
-        beside = folder / f"{clip.name if clip.is_dir() else clip.stem}.txt"
-        if named[clip.name] is None:
-            named[clip.name] = beside.read_text("utf-8-sig", errors="replace") if beside.is_file() else ""
-    return [" ".join(text.split()) for text in named.values()]
+            captions[os.path.normpath(name)] = text
+    return [" ".join(text.split()) for text in captions.values()]
 
 
 def _rows(table: Path):
-    """The (line, row) pairs of a .jsonl or .csv file."""
+    """The pairs (line, row) of a .jsonl or .csv file."""
     text, line = table.read_text("utf-8-sig", errors="replace"), 1
     try:
         if table.suffix == ".csv":
-            for line, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
-                yield line, row
-        else:
-            for line, content in enumerate(text.split("\n"), 1):
-                if content.strip():
-                    yield line, json.loads(content)
+            yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
+            return
+        for line, content in enumerate(text.split("\n"), 1):
+            if content.strip():
+                yield line, json.loads(content)
     except (json.JSONDecodeError, csv.Error) as error:
         raise InputError(f"{table}: line {line} cannot be read ({error}); correct it") from error
-
 
 
 def read_clip(path: str | Path) -> tuple[np.ndarray, float]:
@@ -341,11 +330,11 @@ def _rgb(frame) -> np.ndarray:
 
 def _expand(seconds: list[Fraction]):
     """How long each stored picture is shown -> (the picture that each frame shows, frames a second)."""
-    limit = min(seconds) * 3 / 2
-    single = [s for s in seconds if s < limit]  # 120 and 130 ms in a GIF are both one frame of 8 a second, rounded
-    repeats = [round(s * len(single) / sum(single)) for s in seconds]
-    # range: a long video needs no list of its frames
-    source = range(len(seconds)) if len(single) == len(seconds) else np.repeat(np.arange(len(seconds)), repeats)
+    shortest = min(seconds)
+    single = [s for s in seconds if s < shortest * 3 / 2]  # 120 and 130 ms in a GIF are one frame each, 8 a second
+    source = range(len(seconds))
+    if len(single) < len(seconds):
+        source = np.repeat(source, [round(s * len(single) / sum(single)) for s in seconds])
     return source, float(len(source) / sum(seconds))
 
 
@@ -359,6 +348,18 @@ def to_uint8(video: Tensor) -> np.ndarray:
     return video.movedim(-3, -1).contiguous().numpy()
 
 
+def check_clip_path(path: str | Path):
+    """Raises InputError if `write_clip` knows no such kind of clip, or lacks av for it: ask before the work."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".gif", ".webp", ".png", ".mp4"):
+        raise InputError(f"{path}: unknown kind of clip; end its name in .gif, .webp, .png or .mp4")
+    try:
+        if suffix == ".mp4":
+            import av  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{path}: cannot be written ({error}); pip install av, or choose .gif") from error
+
+
 def write_clip(path: str | Path, video: Tensor, fps: float):
     """Writes a video (f, 3, h, w) in [-1, 1] as .gif, .webp (lossless), .png (animated) or .mp4 (ours).
 
@@ -366,11 +367,10 @@ def write_clip(path: str | Path, video: Tensor, fps: float):
     has one palette of 256 colors for all frames, without dithering. An MP4 is H.264 (MPEG-4 where av lacks libx264);
     odd sizes grow by a pixel. The file appears when it is whole. Raises InputError.
     """
+    check_clip_path(path)
     path, pictures = Path(path), to_uint8(video)                                               # (f, h, w, 3)
     f, h, w, _ = pictures.shape
     suffix = path.suffix.lower()
-    if suffix not in (".gif", ".webp", ".png", ".mp4"):
-        raise InputError(f"{path}: unknown kind of clip; end its name in .gif, .webp, .png or .mp4")
     tick = 10 if suffix == ".gif" else 1
     if not 0 < fps <= 1000 / tick:
         raise InputError(f"--fps {fps}: choose more than 0 and at most {1000 // tick} for {path}")
@@ -389,24 +389,23 @@ def write_clip(path: str | Path, video: Tensor, fps: float):
 
 
 def _write_mp4(path: Path, pictures: np.ndarray, rate: Fraction):
+    import av
+
     _, h, w, _ = pictures.shape
     pictures = np.pad(pictures, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
-    with _replacing(path) as unfinished:
-        import av
-
-        with av.open(str(unfinished), "w") as container:
-            stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
-            stream.height, stream.width = pictures.shape[1:3]
-            stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
-            for k, picture in enumerate(pictures):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts, frame.time_base = k, 1 / rate
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+    with _replacing(path) as unfinished, av.open(str(unfinished), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
+        for k, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = k, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def write_image(path: str | Path, picture: Tensor):
-    """Writes a picture (3, h, w) in [-1, 1] as `write_clip` writes a clip of one frame: .png says it best."""
+    """Writes a picture (3, h, w) in [-1, 1] as `write_clip` does a clip of one frame, best as .png."""
     write_clip(path, picture.unsqueeze(0), fps=1)
 
 
@@ -418,9 +417,8 @@ def _replacing(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         os.replace(unfinished, path)
-    except (OSError, ImportError) as error:
-        remedy = "pip install av" if isinstance(error, ImportError) else "choose another place"
-        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
     finally:
         if unfinished.exists():
             unfinished.unlink()
@@ -441,5 +439,5 @@ def _tile(videos: Tensor, columns: int, gap: int = 2) -> Tensor:
     rows = math.ceil(n / columns)
     tiles = videos.new_ones(rows * columns, f, c, h + gap, w + gap)  # white where no clip lies
     tiles[:n, :, :, :h, :w] = videos
-    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 3, 0, 4, 1, 5)            # (f, c, rows, h, columns, w)
+    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 3, 0, 4, 1, 5)           # (f, c, rows, h, columns, w)
     return tiles.reshape(f, c, rows * (h + gap), columns * (w + gap))[..., :-gap, :-gap]

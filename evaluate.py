@@ -1,0 +1,253 @@
+"""Does a model do what it is told? Clips of held-out captions, judged from pixels alone (ours; the paper has a survey).
+
+`judge` looks at a clip and says a color, a shape and a motion of the shapes data set's grammar, or None. It knows neither
+caption nor model; its thresholds are geometry, fitted to no model's clips. Two rows of the table watch over it: it must
+be right on real clips, and no better than chance on samples under shuffled captions. Read `data.py` for the data set.
+"""
+
+import argparse
+import colorsys
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import COLORS, MOTIONS, InputError, ShapesDataset, shape_captions, strip, write_image
+from magicvideo import MagicVideo, choose_device
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge
+
+WORDS = ("color", "shape", "motion")
+# how much of the upper and of the lower half of its bounding box a shape fills
+FILLS = {"circle": (math.pi / 4, math.pi / 4), "square": (1, 1), "triangle": (1 / 4, 3 / 4)}
+# x falls or rises, y falls or rises, the area falls or rises
+TRENDS = (("moving left", "moving right"), ("moving up", "moving down"), ("shrinking", "growing"))
+
+
+def judge(video: Tensor, fps: float = 8) -> dict[str, str | None]:
+    """What a clip (f, 3, h, w), pixels in [-1, 1], shows: {"color", "shape", "motion"}, each a word or None.
+
+    None is "nothing recognisable". All are None unless in 3 of 4 frames a single object stands out from the border: by
+    0.5 or more (red on black: 2), on 0.5 to 50 % of the frame, with 2/3 of all that stands out. Color is None if 1 of 4
+    pixels of the object differs, or if it is no color of the grammar. `fps` says how little motion is none (ours).
+    """
+    video = video.detach().float().cpu().clamp(-1, 1)
+    f, _, h, w = video.shape
+    border = torch.ones(h, w, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    background = video[:, :, border].movedim(1, 0).flatten(1).median(1).values               # (3,)
+    away = video - background[:, None, None]                                                 # (f, 3, h, w)
+    distinct = away.norm(dim=1) > 0.5                                                        # (f, h, w)
+    objects = largest_component(distinct)
+    area, distinct_area = objects.sum((1, 2)) / (h * w), distinct.sum((1, 2)) / (h * w)
+    there = (area > 0.005) & (area < 0.5) & (area > 2 / 3 * distinct_area)                   # (f,)
+    if there.sum() < 3 / 4 * f:
+        return dict.fromkeys(WORDS)
+
+    # The color is that of the inside. An edge mixes it with the background: that changes how far away a pixel is from
+    # the background, but not the direction, so that only another color differs in direction.
+    away, objects, times = away[there], objects[there], torch.arange(f)[there].float()
+    pixels = away.movedim(1, -1)                                                             # (f, h, w, 3)
+    inside = -F.max_pool2d(-objects.float(), 3, 1, 1) > 0
+    far = pixels[inside if inside.any() else objects].median(0).values                       # (3,)
+    alike = F.cosine_similarity(pixels[objects], far, dim=-1) > 0.95
+    color = color_word(background + far) if alike.float().mean() > 3 / 4 else None
+
+    # Coverage is 1 in the object, 0 outside and between them on its edges: what it measures is finer than a pixel.
+    nearby = F.max_pool2d(objects.float(), 5, 1, 2)
+    coverage = nearby * (pixels @ far / (far @ far).clamp(min=1e-6)).clamp(max=1)            # (f, h, w)
+    return {"color": color, "shape": shape_word(coverage), "motion": motion_word(coverage, times, fps)}
+
+
+def largest_component(mask: Tensor) -> Tensor:
+    """The largest connected component of each frame, diagonals included: bool (f, h, w) -> bool (f, h, w)."""
+    f, h, w = mask.shape
+    flooded, labels = torch.where(mask, torch.arange(1.0, h * w + 1).view(h, w), 0.0), None
+    while labels is None or not torch.equal(flooded, labels):  # until its highest label has flooded each component
+        labels = flooded
+        flooded = torch.where(mask, F.max_pool2d(labels, 3, 1, 1), 0.0)
+    largest = [frame[frame > 0].long().bincount(minlength=1).argmax() for frame in labels]
+    return mask & (labels == torch.tensor(largest).view(f, 1, 1))
+
+
+def color_word(color: Tensor) -> str | None:
+    """The word for a color (3,) in [-1, 1], by hue, or white if it has none; None if it is dark, pale or between."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*((color + 1) / 2).tolist())
+    hues = {word: colorsys.rgb_to_hsv(*COLORS[word])[0] for word in COLORS if word != "white"}
+    turns = {word: abs((hue - hues[word] + 0.5) % 1 - 0.5) * 360 for word in hues}           # degrees
+    nearest = min(turns, key=turns.get)
+    if value < 0.4 or 0.3 < saturation < 0.5 or (saturation >= 0.5 and turns[nearest] > 25):
+        return None
+    return nearest if saturation >= 0.5 else "white"
+
+
+def shape_word(coverage: Tensor) -> str | None:
+    """The shape that 3 of 4 frames of (f, h, w) show, by how much of its bounding box the object fills."""
+    words = []
+    for frame in coverage:
+        (left, right), (top, bottom) = edges(frame.amax(0)), edges(frame.amax(1))
+        # Each half by itself: a blurred triangle loses its apex and fills its shorter box as a circle does.
+        upper = ((top + bottom) / 2 - torch.arange(len(frame))).clamp(0, 1)                  # (h,), part of each row
+        half = max((right - left) * (bottom - top) / 2, 1e-6)
+        filled = [float(part @ frame.sum(1)) / half for part in (upper, 1 - upper)]
+        nearest = min(FILLS, key=lambda word: math.dist(filled, FILLS[word]))
+        words.append(nearest if math.dist(filled, FILLS[nearest]) < 0.3 else None)
+    word, votes = Counter(words).most_common(1)[0]
+    return word if votes >= 3 / 4 * len(words) else None
+
+
+def edges(profile: Tensor) -> tuple[float, float]:
+    """Where a profile (n,) first rises through 1/2 and last falls through it, in pixels and parts of a pixel."""
+    p = F.pad(profile, (1, 1))
+    above = (p >= 0.5).nonzero().flatten().tolist()
+    if not above:
+        return 0.0, 0.0
+    a, b = above[0], above[-1]
+    return float(a - 0.5 - (p[a] - 0.5) / (p[a] - p[a - 1])), float(b - 0.5 + (p[b] - 0.5) / (p[b] - p[b + 1]))
+
+
+def motion_word(coverage: Tensor, times: Tensor, fps: float) -> str | None:
+    """The motion of an object that covers (f, h, w) at frames `times` (f,), by straight lines through place and area.
+
+    Lines are measured in the least that the data set shows at 8 frames a second. None if the steepest is below half of that, not twice as
+    steep as the next, or explains less than 0.8 of the variance: the object stands, goes askew, to and fro, or jumps.
+    """
+    _, h, w = coverage.shape
+    area = coverage.sum((1, 2)).clamp(min=1e-6)                                              # (f,)
+    x, y = (coverage.sum(axis) @ torch.arange(float(n)) / area / n for axis, n in ((1, w), (2, h)))
+    tracks = torch.stack([x / 0.3, y / 0.3, area.log() / math.log(2)])                       # (3, f), in those leasts
+    tracks = tracks - tracks.mean(1, keepdim=True)
+    span = float(times.max() - times.min())
+    times = (times - times.mean()) / max(span, 1)
+    rises = tracks @ times / (times @ times).clamp(min=1e-6)                                 # (3,), from end to end
+    explained = 1 - (tracks - rises[:, None] * times).square().sum(1) / tracks.square().sum(1).clamp(min=1e-6)
+    least = min(span / 7, 1) * 8 / max(fps, 4)  # of 8 frames or more; at 4 fps the slowest object crosses the frame
+    first, second, _ = rises.abs().argsort(descending=True).tolist()
+    clear = rises[first].abs() > max(least / 2, 2 * float(rises[second].abs())) and explained[first] > 0.8
+    return TRENDS[first][int(rises[first] > 0)] if clear else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluating a model
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate of which `right` of n were seen; unlike p +- 2 s, it holds near 0 and 1."""
+    p, z = right / n, 1.959964
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def count(name: str, captions: list[str], verdicts: list[dict]) -> dict:
+    """A row of the table: of how many clips each word, and all three, were judged to be their caption's."""
+    hits = [[v[w] == truth for w, truth in zip(WORDS, c.split(" ", 3)[1:])] for c, v in zip(captions, verdicts)]
+    row = {"name": name, "clips": len(hits)}
+    for word, column in zip((*WORDS, "all three"), (*zip(*hits), map(all, hits))):
+        right = sum(column)
+        row[word] = {"right": right, "rate": right / len(hits), "interval": wilson(right, len(hits))}
+    return row
+
+
+def confusions(captions: list[str], verdicts: list[dict]) -> list[dict]:
+    """Which words of captions were judged to be which others, the most frequent first."""
+    said = [(truth, v[w]) for c, v in zip(captions, verdicts) for w, truth in zip(WORDS, c.split(" ", 3)[1:])]
+    asked, wrong = Counter(truth for truth, _ in said), Counter(pair for pair in said if pair[0] != pair[1])
+    return [{"asked": a, "judged": b, "clips": n, "of": asked[a]} for (a, b), n in wrong.most_common()]
+
+
+def table(rows: list[dict]) -> str:
+    """Rows -> text, in percent."""
+    columns, percent = (*WORDS, "all three"), "{:.1%} [{:.1%}, {:.1%}]"
+    lines = [f"{'right [95 % interval]':22}{'clips':>6}" + "".join(f"{word:>23}" for word in columns)]
+    for row in rows:
+        cells = (percent.format(row[word]["rate"], *row[word]["interval"]) for word in columns)
+        lines.append(f"{row['name']:22}{row['clips']:6}" + "".join(f"{cell:>23}" for cell in cells))
+    return "\n".join(lines)
+
+
+def prompts_of(split: str) -> list[str]:
+    """24 captions, every (color, shape) pair once and every motion 4 times: held-out for "test", trained for "train"."""
+    shift = 0 if split == "test" else 3
+    words = (caption.split(" ", 3)[1:] for caption in shape_captions("test"))
+    return [f"a {color} {shape} {MOTIONS[(MOTIONS.index(motion) + shift) % 6]}" for color, shape, motion in words]
+
+
+def commit() -> str | None:
+    """The commit of this code, "-dirty" behind it if files have changed since; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Samples and judges; prints the table, writes OUT/results.json, OUT/held-out.png and OUT/trained.png."""
+    parser = argparse.ArgumentParser(description="Measures from pixels alone how well a model follows prompts.")
+    parser.add_argument("--checkpoint", required=True, help="the model.pt that train.py wrote")
+    parser.add_argument("--data", default="shapes", choices=["shapes"], help="whose captions are asked for")
+    parser.add_argument("--split", default="both", choices=["test", "train", "both"], help="test: held-out captions")
+    parser.add_argument("--seeds", type=int, default=4, help="clips of each of the 24 captions")
+    parser.add_argument("--seed", type=int, default=0, help="clip i of a split is drawn with seed + i")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
+    parser.add_argument("--guidance", type=float, default=7.5, help="scale of classifier-free guidance")
+    parser.add_argument("--sampler", default="ddim", choices=["ddim", "ddpm"])
+    parser.add_argument("--fps", type=float, default=8, help="frames a second")
+    parser.add_argument("--batch-size", type=int, default=24, help="clips sampled at once")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    parser.add_argument("--out", default="evaluation", help="folder of the results, replaces those in it")
+    flags = parser.parse_args(arguments)
+    device, out = choose_device(flags.device), Path(flags.out)
+    model = MagicVideo.load(flags.checkpoint, device)
+    for flag, value, most in (("--seeds", flags.seeds, 1000), ("--batch-size", flags.batch_size, 1000),
+                              ("--steps", flags.steps, model.config.diffusion.steps)):
+        if not 1 <= value <= most:
+            raise InputError(f"{flag} {value}: choose 1 to {most}")
+
+    rows, clips = [], []
+    for split, name in (("test", "held-out captions"), ("train", "trained captions")):
+        if flags.split not in (split, "both"):
+            continue
+        prompts, videos = prompts_of(split) * flags.seeds, []
+        for i in tqdm(range(0, len(prompts), flags.batch_size), desc=name, unit="batch"):
+            batch = prompts[i : i + flags.batch_size]
+            videos += model.sample(batch, flags.fps, flags.steps, flags.guidance, flags.sampler, flags.seed + i).cpu()
+        write_image(out / f"{name.split()[0]}.png", strip(torch.stack(videos[:24])))
+        verdicts = [judge(video, flags.fps) for video in videos]
+        rows.append(count(name, prompts, verdicts))
+        if len(rows) == 1:  # chance, and so proof that the judge does not say what one wants to hear
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
+            shuffled = count("the same, shuffled", [prompts[i] for i in order], verdicts)
+        clips += [{"caption": c, "seed": flags.seed + i, **v} for i, (c, v) in enumerate(zip(prompts, verdicts))]
+    dataset = ShapesDataset("test", model.config.unet.frames, model.config.size, flags.seed, flags.fps, length=480)
+    real = [dataset[i] for i in range(len(dataset))]
+    rows += [shuffled, count("real clips", [r["caption"] for r in real], [judge(r["video"], r["fps"]) for r in real])]
+
+    wrong = confusions([clip["caption"] for clip in clips], clips)
+    print(table(rows))
+    for c in wrong[:8]:
+        print(f"{c['asked']} judged {c['judged'] or 'nothing recognisable'}: {c['clips']} of {c['of']} clips")
+    command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
+    made = {"command": command, "commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": str(device), "torch": str(torch.__version__), "settings": vars(flags)}
+    text = json.dumps({**made, "rows": rows, "confusions": wrong, "clips": clips}, indent=1)
+    (out / "results.json").write_text(text + "\n", "utf-8")
+    print(f"numbers, and pictures of the first clip of every caption: {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,250 @@
+"""Training: the stages, the files they write, stopping and going on, and that it learns."""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from clip_text import CLIPTextConfig
+from data import InputError, ShapesDataset, write_clip
+from diffusion import Diffusion, DiffusionConfig
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
+from unet3d import UNet3D, UNetConfig
+from vae import VAEConfig
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--vae-steps", "2", "--image-steps", "2", "--video-steps", "2", "--cache", "4", "--batch-size", "2",
+         "--vae-batch-size", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def smallest_preset(monkeypatch, tmp_path):
+    """Runs go to an empty folder, with a tiny preset that is tinier still."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "tiny", MagicVideoConfig(
+        size=32, text=CLIPTextConfig(vocab_size=560, context_length=12, width=32, layers=1, heads=2),
+        vae=VAEConfig(channels=(8, 8, 8, 16), layers=1, groups=4),
+        unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, groups=4, context_width=32, frames=4)))
+
+
+def weights(path):
+    return MagicVideo.load(path).state_dict()
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_is(tmp_path, capsys):
+    train.main(SHORT)
+    out = Path("runs/shapes")
+    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv", "samples"}
+    assert {p.name for p in (out / "samples").iterdir()} == {f"{stage}-000002.png" for stage in train.STAGES}
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [(row["stage"], row["step"]) for row in rows] == [(stage, n) for stage in train.STAGES for n in "12"]
+    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    last = capsys.readouterr().out.strip().splitlines()
+    assert "runs/shapes/model.pt" in last[-2] and last[-1].startswith('next: python sample.py "a ')
+
+
+def test_a_second_run_takes_a_folder_of_its_own(tmp_path):
+    assert train.new_folder("shapes") == Path("runs/shapes")
+    Path("runs/shapes").mkdir(parents=True)
+    Path("runs/shapes-2").mkdir()
+    assert train.new_folder("shapes") == Path("runs/shapes-3")
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 5, 6])
+def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(calls, monkeypatch):
+    train.main([*SHORT, "--out", "whole"])
+    counted, rate = iter(range(100)), train.learning_rate
+
+    def interrupted(*arguments):
+        if next(counted) == calls:
+            raise KeyboardInterrupt
+        return rate(*arguments)
+
+    monkeypatch.setattr(train, "learning_rate", interrupted)
+    if calls < 6:
+        with pytest.raises(InputError, match="--resume --out stopped"):
+            train.main([*SHORT, "--out", "stopped"])
+        monkeypatch.setattr(train, "learning_rate", rate)
+    else:
+        train.main([*SHORT, "--out", "stopped"])  # a finished run resumes to itself
+    train.main(["--resume", "--out", "stopped", "--device", "cpu"])
+    assert equal(weights("whole/model.pt"), weights("stopped/model.pt"))
+
+
+def test_the_same_seed_makes_the_same_model_and_another_seed_another():
+    for out, seed in (("one", "3"), ("two", "3"), ("three", "4")):
+        train.main([*SHORT, "--out", out, "--seed", seed])
+    assert equal(weights("one/model.pt"), weights("two/model.pt"))
+    assert not equal(weights("one/model.pt"), weights("three/model.pt"))
+
+
+def test_a_stage_trains_its_own_parts_and_no_others():
+    train.main([*SHORT, "--out", "vae", "--stage", "vae"])
+    train.main([*SHORT, "--out", "image", "--stage", "image", "--init-from", "vae/model.pt"])
+    train.main([*SHORT, "--out", "video", "--stage", "video", "--init-from", "image/model.pt"])
+    steps = [weights(f"{stage}/model.pt") for stage in train.STAGES]
+
+    def changed(before, after, part):
+        return {key for key in before if part(key) and not torch.equal(before[key], after[key])}
+
+    def video_part(key):
+        return key.startswith("unet.") and train.is_video_part(key)
+
+    def image_part(key):
+        return key.startswith("unet.") and not train.is_video_part(key)
+
+    assert not changed(steps[0], steps[1], lambda key: key.startswith("vae."))
+    assert not changed(steps[0], steps[1], video_part) and len(changed(steps[0], steps[1], image_part)) > 100
+    assert changed(steps[0], steps[1], lambda key: key.startswith("text_encoder."))
+    assert not changed(steps[1], steps[2], lambda key: key.startswith("vae."))
+    assert len(changed(steps[1], steps[2], video_part)) > 30 and len(changed(steps[1], steps[2], image_part)) > 100
+
+
+def test_every_item_is_seen_once_an_epoch_in_a_new_order():
+    seen = [pair for step in range(6) for pair in train.indices(10, 5, step, seed=0, stage=1)]
+    epochs = [[i for epoch, i in seen if epoch == n] for n in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_the_moving_average_warms_up():
+    average = train.warm_average(0.999)
+    kept = torch.zeros(1)
+    average([kept], [torch.ones(1)], torch.tensor(1))
+    assert kept.item() == pytest.approx(1 - 2 / 11)  # not 0.001: the first weights are forgotten at once
+    kept = torch.zeros(1)
+    average([kept], [torch.ones(1)], torch.tensor(10**6))
+    assert kept.item() == pytest.approx(0.001, rel=1e-3)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    rates = [train.learning_rate(step, 100, 1.0, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) > 0.95 and rates[-1] < 0.001
+    assert rates.index(max(rates)) == 9
+
+
+def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
+    model = MagicVideo.from_preset("tiny")
+    clips = ShapesDataset("train", 4, 32)
+    seen = {}
+    monkeypatch.setattr(model.diffusion, "loss", lambda unet, z0, context, fps, generator: seen.update(
+        shape=z0.shape, fps=fps) or z0.sum())
+    train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
+    assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
+    train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "video")
+    assert seen["shape"] == (2, 4, 4, 4, 4) and seen["fps"].shape == (2,)
+
+
+def test_captions_are_left_out_as_often_as_asked(monkeypatch):
+    model = MagicVideo.from_preset("tiny")
+    seen = []
+    encode_text = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda captions: seen.extend(captions) or encode_text(captions))
+    clips = train.Latents(model, ShapesDataset("train", 4, 32), 4)
+    with torch.no_grad():
+        for step in range(25):
+            train.unet_loss(model, clips, step, train.Settings(batch_size=40, text_dropout=0.25), "video")
+    assert 0.2 < seen.count("") / len(seen) < 0.3
+
+
+def test_latents_after_the_vae_stage_have_standard_deviation_one():
+    model = MagicVideo.from_preset("tiny")
+    clips = ShapesDataset("train", 4, 32)
+    model.config.vae.scaling_factor = train.measure_scaling(model, clips)
+    items = [train.encode(model, clips[i]) for i in range(64)]
+    mean, logvar = (torch.stack([item[name] for item in items]) for name in ("mean", "logvar"))
+    assert model.vae.sample_latents(mean, logvar, torch.randn_like(mean)).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_every_setting_and_every_size_is_read_somewhere():
+    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    for config in (train.Settings, MagicVideoConfig, UNetConfig, VAEConfig, CLIPTextConfig, DiffusionConfig):
+        for f in fields(config):
+            assert re.search(rf"(\bs|config|config\.\w+|settings|model)\.{f.name}\b", source), f"{config.__name__}.{f.name}"
+
+
+def test_one_clip_can_be_learned_by_heart():
+    """The loss falls far below its start, and sampling gives back the clip."""
+    torch.manual_seed(0)
+    unet = UNet3D(UNetConfig(channels=(32, 32), attention=(True, True), layers=1, heads=2, groups=4, context_width=8, frames=4))
+    diffusion, z0, context = Diffusion(), torch.randn(1, 4, 4, 4, 4), torch.randn(1, 2, 8)
+    batch = z0.expand(8, -1, -1, -1, -1), context.expand(8, -1, -1), torch.full((8,), 8.0)
+    optimizer, generator, losses = torch.optim.AdamW(unet.parameters(), lr=3e-3), torch.Generator().manual_seed(0), []
+    for step in range(150):
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 150, 3e-3, 10)
+        loss = diffusion.loss(unet, *batch, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.25 * losses[0]
+    sampled = diffusion.sample(unet, z0.shape, context, context, torch.full((1,), 8.0), steps=25, guidance=1.0,
+                               generator=torch.Generator().manual_seed(1))
+    assert torch.corrcoef(torch.stack([sampled.flatten(), z0.flatten()]))[0, 1] > 0.9
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_flag(monkeypatch):
+    monkeypatch.setattr(train, "vae_loss", lambda *_: (torch.tensor(float("nan"), requires_grad=True),) * 2)
+    with pytest.raises(InputError, match="nan at step 0 of stage vae: lower --vae-lr"):
+        train.main([*SHORT, "--out", "bad"])
+    assert not Path("bad/model.pt").exists()
+
+
+def test_a_folder_of_clips_trains_and_names_the_next_command(capsys):
+    Path("clips").mkdir()
+    for i, item in enumerate(ShapesDataset("train", 8, 48, length=3)):
+        write_clip(f"clips/{i}.gif", item["video"], 8)
+        Path(f"clips/{i}.txt").write_text(item["caption"])
+        if i == 2:
+            break
+    train.main([*SHORT, "--data", "clips", "--out", "mine", "--cache", "0"])
+    assert "mine/model.pt" in capsys.readouterr().out
+    assert MagicVideo.load("mine/model.pt").sample("a red circle", steps=2).shape == (1, 4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset", "huge"], '--preset "huge".*tiny, small, paper'),
+    (["--stage", "audio"], '--stage "audio".*vae, image, video'),
+    (["--stage", "video"], "--stage video needs.*--init-from"),
+    (["--init-from", "nowhere.pt"], "nowhere.pt"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--batch-size", "0"], "--batch-size 0.*at least 1"),
+    (["--vae-steps", "-1"], "--vae-steps -1.*at least 0"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--ema", "1.5"], "--ema 1.5.*at most 1"),
+    (["--resume"], "--resume.*--out"),
+    (["--resume", "--out", "empty"], "--resume.*checkpoint.pt.*empty"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--frames", "-3"], "--frames -3"),
+])
+def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, flags, words):
+    with pytest.raises(InputError) as error:
+        train.main([*SHORT, *flags])
+    assert re.search(words, str(error.value)) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_other_settings_do_not_resume_it():
+    train.main([*SHORT, "--out", "mine"])
+    before = weights("mine/model.pt")
+    with pytest.raises(InputError, match="mine holds a run.*--resume"):
+        train.main([*SHORT, "--out", "mine"])
+    with pytest.raises(InputError, match="--batch-size 3.*started with 2"):
+        train.main(["--resume", "--out", "mine", "--batch-size", "3"])
+    assert equal(before, weights("mine/model.pt"))
+
+
+def test_the_command_ends_with_status_2_and_no_traceback_for_a_user_s_mistake():
+    for script, flags in (("train.py", ["--preset", "huge"]), ("train.py", ["--nonsense"]), ("sample.py", ["a circle"])):
+        run = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True)
+        assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.strip().count("\n") < 40
