@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SAMPLERS = ("ddim", "ddpm")
+
 
 @dataclass
 class DiffusionConfig:
@@ -19,6 +21,7 @@ class DiffusionConfig:
     beta_end: float = 0.012
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
     snr_gamma: float = 0.0  # weight of the loss capped at this signal-to-noise ratio (min-SNR); 0 = unweighted (paper)
+    shift: float = 1.0  # training visits noisier t more often: t' = s t / (1 + (s - 1) t), t in [0, 1); 1 = evenly (paper)
 
 
 class Diffusion:
@@ -55,7 +58,7 @@ class Diffusion:
         network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022), and
         `snr_gamma` weighs the steps by min-SNR (Hang et al. 2023): ours, for small models from scratch.
         """
-        t = torch.randint(self.config.steps, (len(z0),), generator=generator)
+        t = self.draw_steps(len(z0), generator)
         eps = normal(z0.shape, generator).to(z0)
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
@@ -64,6 +67,12 @@ class Diffusion:
             target = signal * eps - noise * z0
         error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3, 4))  # (b,)
         return (error * self.weight(t).to(error)).mean()
+
+    def draw_steps(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """Random steps (count,) to train on: uniform, or shifted towards noise (Esser et al. 2024, §5.3.2)."""
+        t = torch.rand(count, generator=generator)
+        t = self.config.shift * t / (1 + (self.config.shift - 1) * t)
+        return (t * self.config.steps).long().clamp(max=self.config.steps - 1)
 
     def weight(self, t: Tensor) -> Tensor:
         """Weight of each step's loss: 1, or min-SNR: the squared error of z_0 counted min(SNR, gamma) times, (b,)."""
@@ -84,18 +93,20 @@ class Diffusion:
 
         `sampler` is "ddim" (eta 0 deterministic, eta 1 as noisy as DDPM) or "ddpm"; `generator` is one for the batch or
         a list with one for each clip; `progress` wraps the list of steps. Raises ValueError for a sampler that is
-        unknown or a number of steps outside 1 .. T.
+        unknown, an eta outside 0 .. 1, or a number of steps outside 1 .. T.
         """
-        if sampler not in ("ddim", "ddpm"):
-            raise ValueError(f'sampler "{sampler}" is unknown: use "ddim" or "ddpm"')
-        z = normal(shape, generator).to(context)
-        for t in progress(self.timesteps(steps)):
+        if sampler not in SAMPLERS:
+            raise ValueError(f'sampler "{sampler}" is unknown: use {" or ".join(SAMPLERS)}')
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta {eta}: give 0 to 1")
+        z, visited = normal(shape, generator).to(context), self.timesteps(steps)
+        for t, previous in progress(list(zip(visited, [*visited[1:], -1]))):
             output = self.guided(model, z, t, context, uncond, fps, guidance)
             eps = normal(shape, generator).to(z) if (sampler == "ddpm" or eta > 0) else torch.zeros_like(z)
             if sampler == "ddim":
-                z = self.ddim_step(z, output, t, t - self.config.steps // steps, eta, eps)
+                z = self.ddim_step(z, output, t, previous, eta, eps)
             else:
-                z = self.ddpm_step(z, output, t, t - self.config.steps // steps, eps)
+                z = self.ddpm_step(z, output, t, previous, eps)
         return z
 
     def timesteps(self, steps: int) -> list[int]:
@@ -155,5 +166,7 @@ def normal(shape: tuple[int, ...], generator: torch.Generator | list[torch.Gener
     A list of generators gives each clip its own, so that a clip does not depend on its neighbours in the batch.
     """
     if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} clips: give one for each")
         return torch.stack([torch.randn(shape[1:], generator=g) for g in generator])
     return torch.randn(shape, generator=generator)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from data import InputError, shape_captions
-from diffusion import Diffusion, DiffusionConfig
+from diffusion import SAMPLERS, Diffusion, DiffusionConfig
 from unet3d import UNet3D, UNetConfig
 from vae import VAEConfig, VideoVAE
 
@@ -39,7 +39,7 @@ PRESETS = {
     "tiny": MagicVideoConfig(
         size=64,
         text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
-        vae=VAEConfig(channels=(16, 32, 48, 64), layers=1, groups=8),
+        vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
         unet=UNetConfig(channels=(64, 96), attention=(True, True), layers=1, heads=4, groups=8, context_width=96, frames=8),
         diffusion=DiffusionConfig(prediction="v_prediction", snr_gamma=5.0),
     ),
@@ -105,15 +105,19 @@ class MagicVideo(nn.Module):
         if frames not in (None, trained):
             raise InputError(f"--frames {frames}: this model makes {trained} frames, since its adaptors hold one scale "
                              f"and shift for each frame (paper §3.2.1); leave it out, or train with --frames {frames}")
-        if fps is not None and not 0 < fps < float("inf"):
-            raise InputError(f"--fps {fps}: frames per second must be above 0")
-        if not 0 <= seed < 2**63 - len(prompts):
-            raise InputError(f"--seed {seed}: give a whole number from 0 to 2^63")
+        most = self.config.diffusion.steps
+        ranges = {"--fps": (8 if fps is None else fps, 0.1, 1000), "--steps": (steps, 1, most), "--guidance": (guidance, -1000, 1000),
+                  "--eta": (eta, 0, 1), "--seed": (seed, 0, 2**62)}
+        for flag, (value, low, high) in ranges.items():
+            if not low <= value <= high:
+                raise InputError(f"{flag} {value}: give a number from {low} to {high}")
+        if sampler not in SAMPLERS:
+            raise InputError(f'--sampler "{sampler}": use {" or ".join(SAMPLERS)}')
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         side = self.config.size // 2 ** (len(self.config.vae.channels) - 1)
-        shape = (len(prompts), trained if fps else 1, self.config.vae.latent_channels, side, side)
+        shape = (len(prompts), 1 if fps is None else trained, self.config.vae.latent_channels, side, side)
         context, uncond = self.encode_text(prompts), self.encode_text([""] * len(prompts))
-        rate = torch.full((len(prompts),), float(fps), device=self.device) if fps else None
+        rate = None if fps is None else torch.full((len(prompts),), float(fps), device=self.device)
         latents = self.diffusion.sample(
             self.unet, shape, context, uncond, rate, sampler, steps, guidance, eta, generators, progress)
         return self.vae.decode(latents).clamp(-1, 1)

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, check_clip_path, grid, write_clip
+from diffusion import SAMPLERS
 from magicvideo import MagicVideo, choose_device
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "shapes.pt"
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, help="frames of the clip: the number that the model was trained for")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (default: 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text; 1 = no guidance (default: 7.5)")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="(default: ddim)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt i takes seed + i (default: 0)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")

@@ -1,6 +1,6 @@
 """Trains MagicVideo, all stages in one plain loop: `python train.py` makes a working model of the embedded shapes.
 
-    vae     VideoVAE: reconstruction + KL on clips                                    (paper §3, VideoVAE)
+    vae     VideoVAE: reconstruction + KL                                              (paper §3, VideoVAE)
     image   the U-Net's image part on single frames, text to image                    (paper §3, image start)
     video   all of the U-Net on clips with their FPS, started from the image stage    (paper §3.2)
 
@@ -12,14 +12,18 @@ import argparse
 import csv
 import json
 import math
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import ClipFolder, InputError, ShapesDataset, strip, write_image
@@ -36,58 +40,46 @@ def setting(default, text: str):
 
 @dataclass
 class Settings:
-    """What a run is made of; every field is a flag."""
+    """What a run is made of; every field is a flag, its default that of the tiny preset."""
 
     data: str = setting("shapes", 'folder of clips, or "shapes" for the embedded data set')
     preset: str = setting("tiny", "sizes of the model: tiny, small or paper")
     stage: str = setting("", "vae, image or video; without it all three, one after the other")
-    init_from: str = setting("", "model.pt to start from; needed by --stage image and --stage video")
+    init_from: str = setting("", "model.pt to start from; --stage image and --stage video need one")
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
-    vae_steps: int = setting(600, "steps of stage vae")
-    image_steps: int = setting(1000, "steps of stage image")
-    video_steps: int = setting(1000, "steps of stage video")
-    batch_size: int = setting(16, "clips a step; stage image takes as many frames as these clips have")
-    vae_batch_size: int = setting(6, "clips a step of stage vae")
-    lr: float = setting(2e-3, "learning rate of the U-Net at its highest, after warm-up; it falls to 0 as a cosine")
-    vae_lr: float = setting(2e-3, "the same for the VAE")
+    vae_steps: int = setting(2000, "steps of stage vae")
+    image_steps: int = setting(1500, "steps of stage image")
+    video_steps: int = setting(1500, "steps of stage video")
+    batch_size: int = setting(8, "clips a step; stage image takes as many single frames as these clips have")
+    vae_batch_size: int = setting(12, "frames a step of stage vae")
+    lr: float = setting(2e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
+    vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
-    kl_weight: float = setting(1e-3, "weight of the KL term of the VAE")
+    kl_weight: float = setting(1e-4, "weight of the KL term of the VAE")
     text_dropout: float = setting(0.1, "part of the captions left out, which trains the unconditional branch of guidance")
-    cache: int = setting(4800, "clips encoded once before stages image and video; 0 = encode every batch anew")
+    cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
     sample_every: int = setting(500, "steps between pictures in OUT/samples")
     seed: int = setting(0, "of weights, data and noise")
 
 
-class Latents(torch.utils.data.Dataset):
-    """Clips through the frozen encoder, once: [i] -> mean and logvar (f, 4, h, w), caption, fps (ours)."""
-
-    def __init__(self, model: MagicVideo, clips, count: int):
-        self.items = []
-        for i in tqdm(range(count), desc="encode", unit="clip"):
-            clips.set_epoch(i // len(clips))
-            self.items.append(encode(model, clips[i % len(clips)]))
-
-    def set_epoch(self, epoch: int) -> None:
-        """The cached cuts stay the same in every epoch."""
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.items[i]
+# where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
+PRESET_SETTINGS = {
+    "tiny": {},
+    "small": {"batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
+              "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
+    "paper": {"batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
+              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
+}
 
 
-@torch.no_grad()
-def encode(model: MagicVideo, clip: dict) -> dict:
-    """A clip's "video" replaced by "mean" and "logvar" of its latents, each (f, 4, h/8, w/8), on the CPU."""
-    mean, logvar = model.vae.encode(clip["video"][None].to(model.device))
-    return {"mean": mean[0].cpu(), "logvar": logvar[0].cpu(), "caption": clip["caption"], "fps": clip["fps"]}
+# ----------------------------------------------------------------------------------------------------------------------
+# What a step sees
 
 
 def rng(seed: int, *place: int) -> torch.Generator:
-    """A generator that depends on the seed and on the place in the run alone: which stage, which step or epoch."""
+    """A generator that depends on the seed and the place in the run alone: the stage, the step or epoch."""
     number = seed
     for part in place:
         number = (number * 1_000_003 + part + 1) % 2**63
@@ -101,37 +93,80 @@ def indices(count: int, batch: int, step: int, seed: int, stage: int) -> list[tu
     return [(place // count, int(orders[place // count][place % count])) for place in places]
 
 
-def vae_loss(model: MagicVideo, clips, step: int, s: Settings) -> tuple[Tensor, Tensor]:
-    """The loss of stage vae on one batch of clips, and the reconstruction error to show."""
-    videos = []
-    for epoch, i in indices(len(clips), s.vae_batch_size, step, s.seed, 0):
+@torch.no_grad()
+def encode(model: MagicVideo, clip: dict) -> dict:
+    """A clip with its "video" replaced by "mean" and "logvar" of its latents, each (f, 4, h/8, w/8), on the CPU."""
+    mean, logvar = model.vae.encode(clip["video"][None].to(model.device))
+    return {"mean": mean[0].cpu(), "logvar": logvar[0].cpu(), "caption": clip["caption"], "fps": clip["fps"]}
+
+
+class Latents(Dataset):
+    """Clips through the frozen encoder, once: [i] -> what `encode` returns (ours)."""
+
+    def __init__(self, model: MagicVideo, clips: Dataset, count: int):
+        self.items = []
+        for i in tqdm(range(count), desc="encode", unit="clip", dynamic_ncols=True):
+            clips.set_epoch(i // len(clips))
+            self.items.append(encode(model, clips[i % len(clips)]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing to do: the cached cuts are the same in every epoch."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.items[i]
+
+
+def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tensor:
+    """Reconstruction + KL on one batch (paper §3, VideoVAE; squared error is ours, SD's perceptual terms need weights).
+
+    Single frames of different clips at first, since frames of one clip teach little more than one of them does; whole
+    clips in the last fifth of the steps, for the temporal layers (ours).
+    """
+    f = 1 if step < 0.8 * s.vae_steps else clips.frames
+    generator, videos = rng(s.seed, 0, 1, step), []
+    for epoch, i in indices(len(clips), max(1, s.vae_batch_size // f), step, s.seed, 0):
         clips.set_epoch(epoch)
-        videos.append(clips[i]["video"])
+        first = int(torch.randint(clips.frames - f + 1, (), generator=generator))
+        videos.append(clips[i]["video"][first : first + f])
     video = torch.stack(videos).to(model.device)  # (b, f, 3, h, w)
-    factor = 2 ** (len(model.config.vae.channels) - 1)
-    shape = (*video.shape[:2], model.config.vae.latent_channels, video.shape[3] // factor, video.shape[4] // factor)
-    return model.vae.loss(video, normal(shape, rng(s.seed, 0, 1, step)).to(video), s.kl_weight)
+    mean, logvar = model.vae.encode(video)
+    z = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))
+    # KL(q(z | frame) || N(0, 1)) per latent number
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return F.mse_loss(model.vae.decode(z), video) + s.kl_weight * kl
 
 
-def unet_loss(model: MagicVideo, clips, step: int, s: Settings, stage: str) -> tuple[Tensor, Tensor]:
-    """The diffusion loss of stages image and video on one batch: clips (b, f, ...), or as many frames (b*f, 1, ...)."""
-    generator, f = rng(s.seed, STAGES.index(stage), 1, step), model.config.unet.frames
-    frames = f if stage == "image" else 1  # items of an image epoch are single frames
+def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> Tensor:
+    """The diffusion loss on one batch: of clips (b, f, ...), or in stage image of as many frames (b*f, 1, ...)."""
+    place = STAGES.index(stage)
+    generator = rng(s.seed, place, 1, step)
+    f = model.config.unet.frames if stage == "image" else 1  # single frames are items by themselves
     batch = []
-    for epoch, i in indices(len(clips) * frames, s.batch_size * frames, step, s.seed, STAGES.index(stage)):
+    for epoch, i in indices(len(clips) * f, s.batch_size * f, step, s.seed, place):
         clips.set_epoch(epoch)
-        item = clips[i // frames]
+        item = clips[i // f]
         item = item if "mean" in item else encode(model, item)
-        part = slice(i % frames, i % frames + 1) if stage == "image" else slice(None)
-        batch.append((item["mean"][part], item["logvar"][part], item["caption"], item["fps"]))
+        frames = slice(i % f, i % f + 1) if stage == "image" else slice(None)
+        batch.append((item["mean"][frames], item["logvar"][frames], item["caption"], item["fps"]))
     means, logvars, captions, fps = zip(*batch)
     mean, logvar = torch.stack(means).to(model.device), torch.stack(logvars).to(model.device)
     z0 = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))  # (b, f, 4, h/8, w/8)
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
-    loss = model.diffusion.loss(model.unet, z0, context, rate, generator)
-    return loss, loss
+    return model.diffusion.loss(model.unet, z0, context, rate, generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A stage
+
+
+def is_video_part(name: str) -> bool:
+    """Whether a parameter of the U-Net is MagicVideo's own, unused by the image model."""
+    return any(part in name for part in ("adaptor", "temporal_attentions", "fps_embedding"))
 
 
 def trained_parts(model: MagicVideo, stage: str) -> list[torch.nn.Parameter]:
@@ -142,11 +177,6 @@ def trained_parts(model: MagicVideo, stage: str) -> list[torch.nn.Parameter]:
     return unet + list(model.text_encoder.parameters())
 
 
-def is_video_part(name: str) -> bool:
-    """Whether a parameter of the U-Net is MagicVideo's own, unused by the image model."""
-    return any(part in name for part in ("adaptor", "temporal_attentions", "fps_embedding"))
-
-
 def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
     """Linear warm-up, then half a cosine to zero."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
@@ -154,41 +184,59 @@ def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
 
 
 def warm_average(decay: float):
-    """EMA with warm-up, decay (1 + n) / (10 + n) at first: a long average of the first steps would be noise."""
+    """EMA with warm-up, decay (1 + n) / (10 + n) at first: a long average would keep the noise of the first steps."""
     @torch.no_grad()
     def update(averages, weights, count):
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
     return update
 
 
+def measure_scaling(model: MagicVideo, clips: Dataset) -> float:
+    """1 / standard deviation of the latents of some clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
+    items = [encode(model, clips[i]) for i in range(min(len(clips), 64))]
+    mean, logvar = (torch.cat([item[name] for item in items]) for name in ("mean", "logvar"))
+    return float(1 / (mean.var() + logvar.exp().mean()).sqrt())
 
 
-def picture(path: Path, model: MagicVideo, clips, stage: str, prompts: list[str]) -> None:
+@torch.no_grad()
+def picture(path: Path, model: MagicVideo, clips: Dataset, stage: str) -> None:
     """How far a stage is, one clip a row: clips above their reconstructions, or samples in ten steps."""
     if stage == "vae":
         videos = torch.stack([clips[i]["video"] for i in range(min(len(clips), 4))]).to(model.device)
-        with torch.no_grad():
-            mean, logvar = model.vae.encode(videos)
-            decoded = model.vae.decode(model.vae.sample_latents(mean, logvar, torch.zeros_like(mean)))
-        rows = torch.cat([videos, decoded.clamp(-1, 1)])
+        mean, logvar = model.vae.encode(videos)
+        rows = torch.cat([videos, model.vae.decode(model.vae.sample_latents(mean, logvar, torch.zeros_like(mean)))])
     else:
-        rows = model.sample(prompts, fps=8 if stage == "video" else None, steps=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        captions = list(dict.fromkeys(clips.captions))  # each once
+        rows = model.sample(captions[:: max(1, len(captions) // 6)][:6], fps=8 if stage == "video" else None, steps=10)
     write_image(path, strip(rows.cpu()))
 
 
-def measure_scaling(model: MagicVideo, clips) -> float:
-    """1 / standard deviation of the latents of some clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
-    items = [encode(model, clips[i]) for i in range(min(len(clips), 64))]
-    variance = torch.cat([item["logvar"] for item in items]).exp().mean()
-    return float(1 / (torch.cat([item["mean"] for item in items]).var() + variance).sqrt())
+def log(path: Path, stage: str, step: int, loss: float, rate: float, seconds: float) -> None:
+    """Adds a line to log.csv; `seconds` count from the start, or resumption, of the stage."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["stage", "step", "loss", "learning_rate", "seconds"])
+        writer.writerow([stage, step, f"{loss:.6f}", f"{rate:.3e}", f"{seconds:.1f}"])
 
 
-def train_stage(model: MagicVideo, clips, stage: str, s: Settings, out: Path, resumed: dict | None) -> None:
-    """Trains one stage and leaves the moving average of its weights in the model."""
+@contextmanager
+def stop_signals():
+    """A list that fills on Ctrl-C or SIGTERM, so that the step at hand is finished and saved first."""
+    stop = []
+    before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out: Path, resumed: dict | None) -> None:
+    """Trains one stage and leaves the moving average of its weights in the model. Raises KeyboardInterrupt, saved."""
     steps = {"vae": s.vae_steps, "image": s.image_steps, "video": s.video_steps}[stage]
     highest = s.vae_lr if stage == "vae" else s.lr
-    prompts = [c for c in dict.fromkeys(clips.captions) if c][:6] or [""]
     parameters = trained_parts(model, stage)
     optimizer = torch.optim.AdamW(parameters, lr=highest, betas=(0.9, 0.99), weight_decay=0.01)
     average = AveragedModel(model, multi_avg_fn=warm_average(s.ema))
@@ -197,80 +245,73 @@ def train_stage(model: MagicVideo, clips, stage: str, s: Settings, out: Path, re
         first = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
         average.load_state_dict(resumed["average"])
-    source = clips
-    if stage != "vae" and s.cache and first < steps:
-        source = Latents(model, clips, s.cache)
+    cached = stage != "vae" and s.data == "shapes" and s.cache and first < steps
+    source = Latents(model, clips, s.cache) if cached else clips
 
-    def save(step: int) -> None:
-        write_checkpoint(out / "checkpoint.pt", {
-            "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage, "step": step,
-            "model": model.contents(), "average": average.state_dict(), "optimizer": optimizer.state_dict()})
-        average.module.save(out / "model.pt")
-
-    started, step = time.time(), first
+    started = time.time()
     bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True)
-    try:
+    with stop_signals() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, highest, s.warmup)
-            loss, shown = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {float(loss)} at step {step} of stage {stage}: lower "
-                                 f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} holds the last good checkpoint")
+            loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
+            if not math.isfinite(loss.item()):
+                raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
+                                 f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             average.update_parameters(model)
-            bar.set_postfix(loss=f"{float(shown):.4f}", refresh=False)
-            log(out / "log.csv", stage, step + 1, float(shown), group["lr"], time.time() - started)
-            if (step + 1) % s.sample_every == 0 or step + 1 == steps:
-                picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage, prompts)
-            if (step + 1) % s.save_every == 0 or step + 1 == steps:
-                save(step + 1)
-    except KeyboardInterrupt:
-        save(step)
-        raise
+
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            log(out / "log.csv", stage, step + 1, loss.item(), group["lr"], time.time() - started)
+            last = step + 1 == steps
+            if last or (step + 1) % s.sample_every == 0:
+                picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage)
+            if last or stop or (step + 1) % s.save_every == 0:
+                write_checkpoint(out / "checkpoint.pt", {
+                    "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage, "step": step + 1,
+                    "model": model.contents(), "average": average.state_dict(), "optimizer": optimizer.state_dict()})
+                average.module.save(out / "model.pt")
+            if stop:
+                raise KeyboardInterrupt
     model.load_state_dict(average.module.state_dict())
     if stage == "vae":
         model.config.vae.scaling_factor = measure_scaling(model, clips)
 
 
-def log(path: Path, *values) -> None:
-    """Adds a line to log.csv: stage, step, loss, learning rate, seconds since the stage began."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["stage", "step", "loss", "learning_rate", "seconds"])
-        stage, step, loss, rate, seconds = values
-        writer.writerow([stage, step, f"{loss:.6f}", f"{rate:.3e}", f"{seconds:.1f}"])
-
-
-# what a preset trains with where it differs from the defaults above
-PRESET_SETTINGS = {
-    "tiny": {},
-    "small": {"batch_size": 8, "vae_batch_size": 2, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
-              "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"batch_size": 1, "vae_batch_size": 1, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
-              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
-}
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
 
 
 def read_flags(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The command line -> (--out, --resume, --device) and the settings that were given, by name."""
     parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags: every stage on the embedded shapes.")
-    kinds = {"int": int, "float": float, "str": str}
     for f in fields(Settings):
-        kind = f.type if isinstance(f.type, type) else kinds[f.type]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default!r})")
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
     parser.add_argument("--out", help="folder of the run (default: runs/shapes, runs/shapes-2, ..., a new one)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     flags = parser.parse_args(arguments)
-    given = {f.name: getattr(flags, f.name) for f in fields(Settings) if hasattr(flags, f.name)}
-    return flags, given
+    return flags, {f.name: getattr(flags, f.name) for f in fields(Settings) if hasattr(flags, f.name)}
+
+
+def check(s: Settings) -> None:
+    """Raises InputError for a setting out of range, before anything is made."""
+    if s.preset not in PRESETS:
+        raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
+    if s.stage not in ("", *STAGES):
+        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(STAGES)}, or none for all')
+    if s.stage in ("image", "video") and not s.init_from:
+        raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
+    at_least_one = ("batch_size", "vae_batch_size", "save_every", "sample_every")
+    for f in fields(Settings):
+        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
+        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62
+        if f.type is not str and not least <= value <= most:
+            raise InputError(f"{flag} {value}: must be at least {least}" + (f" and at most {most}" if most == 1 else ""))
 
 
 def new_folder(name: str) -> Path:
@@ -282,35 +323,18 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def check(s: Settings) -> None:
-    """Raises InputError for a setting out of range, before anything is made."""
-    if s.preset not in PRESETS:
-        raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
-    if s.stage not in ("", *STAGES):
-        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(STAGES)}, or none for all')
-    if s.stage in ("image", "video") and not s.init_from:
-        raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
-    for f in fields(Settings):
-        value, least = getattr(s, f.name), 1 if f.name in ("batch_size", "vae_batch_size", "save_every", "sample_every") else 0
-        if not isinstance(value, str) and not (math.isfinite(value) and value >= least):
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("ema", "text_dropout"):
-        if getattr(s, name) > 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at most 1")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Set-up, the stages, a last line that says where everything is."""
     flags, given = read_flags(arguments)
-    torch.set_flush_denormal(True)  # tiny numbers late in training would make a CPU slow
+    torch.set_flush_denormal(True)  # numbers near zero, which many weights become, would make a CPU slow
     device = choose_device(flags.device)
 
-    # three ways to start: go on with a run, from a model, from nothing
+    # three ways to start: from a run's checkpoint, from a model, from nothing
     resumed = None
     if flags.resume:
-        if not flags.out or not (Path(flags.out) / "checkpoint.pt").is_file():
-            raise InputError(f"--resume: there is no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
-        out = Path(flags.out)
+        out = Path(flags.out or "")
+        if not flags.out or not (out / "checkpoint.pt").is_file():
+            raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name the folder of a run with --out")
         resumed = read_checkpoint(out / "checkpoint.pt", "magicvideo-training")
         s = Settings(**json.loads(resumed["settings"]))
         for name, value in given.items():
@@ -318,43 +342,45 @@ def main(arguments: list[str] | None = None) -> None:
                 raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
                                  f"{getattr(s, name)} and goes on with it; leave the flag out")
     else:
-        preset = given.get("preset", Settings.preset)
-        s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
+        s = Settings(**{**PRESET_SETTINGS.get(given.get("preset", "tiny"), {}), **given})
         check(s)
-        name = "shapes" if s.data == "shapes" else Path(s.data).resolve().name
-        out = Path(flags.out) if flags.out else new_folder(name)
+        out = Path(flags.out) if flags.out else new_folder("shapes" if s.data == "shapes" else Path(s.data).resolve().name)
         if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
             raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
-
-    config = PRESETS[s.preset]
-    if s.data == "shapes":
-        clips = ShapesDataset("train", s.frames or config.unet.frames, config.size, s.seed)
-    else:
-        clips = ClipFolder(s.data, s.frames or config.unet.frames, config.size, s.seed)
-        print(clips.summary())
-
     torch.manual_seed(s.seed)
+    model = None
     if resumed:
         model = MagicVideo.from_contents(resumed["model"], out / "checkpoint.pt")
-        print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     elif s.init_from:
         model = MagicVideo.load(s.init_from)
+        if s.frames not in (0, model.config.unet.frames):
+            raise InputError(f"--frames {s.frames}: {s.init_from} makes {model.config.unet.frames} frames, and its "
+                             f"adaptors hold one scale and shift for each (paper §3.2.1); leave it out")
+
+    config = model.config if model else PRESETS[s.preset]
+    frames = s.frames or config.unet.frames
+    if s.data == "shapes":
+        clips = ShapesDataset("train", frames, config.size, s.seed)
     else:
-        model = MagicVideo.from_preset(s.preset, s.frames or None, clips.captions)
+        clips = ClipFolder(s.data, frames, config.size, s.seed)
+        print(clips.summary())
+    model = model or MagicVideo.from_preset(s.preset, frames, [caption for caption in clips.captions if caption])
     model = model.to(device).train()
 
-    out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
     stages = [s.stage] if s.stage else list(STAGES)
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
+        print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+    started = time.time()
     try:
         for stage in stages:
             train_stage(model, clips, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
     except KeyboardInterrupt:
-        raise InputError(f"stopped; go on with: python train.py --resume --out {out}") from None
+        saved = (out / "checkpoint.pt").exists()
+        raise InputError(f"stopped; go on with: python train.py --resume --out {out}" if saved
+                         else "stopped before the first checkpoint; nothing was written") from None
     model.save(out / "model.pt")
-    prompt = next((c for c in clips.captions if c), "")
+    prompt = next((caption for caption in clips.captions if caption), "")
     print(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt, pictures in {out}/samples, losses in "
           f'{out}/log.csv\nnext: python sample.py "{prompt}" --checkpoint {out}/model.pt')
 
@@ -362,6 +388,6 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -43,6 +43,8 @@ class VideoVAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
+        # log-variances start near -6: with noise of size one the decoder would first learn to ignore the latents (ours)
+        nn.init.constant_(self.quant_conv.bias[config.latent_channels :], -6.0)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video (b, f, 3, h, w) in [-1, 1] -> mean, logvar of q(z | frame), each (b, f, 4, h/8, w/8), unscaled.
@@ -65,18 +67,6 @@ class VideoVAE(nn.Module):
         b, f = latents.shape[:2]
         x = self.post_quant_conv((latents / self.config.scaling_factor).flatten(0, 1))  # (b*f, 4, h, w)
         return self.decoder(x, f).unflatten(0, (b, f))
-
-    def loss(self, video: Tensor, eps: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-        """Reconstruction + kl_weight * KL(q(z | frame) || N(0, 1)), and the reconstruction's squared error alone.
-
-        video (b, f, 3, h, w), eps (b, f, 4, h/8, w/8) -> two scalars. Squared error is ours: SD adds perceptual and
-        adversarial terms, the paper is silent.
-        """
-        mean, logvar = self.encode(video)
-        z = self.sample_latents(mean, logvar, eps)
-        reconstruction = F.mse_loss(self.decode(z), video)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return reconstruction + kl_weight * kl, reconstruction
 
 
 class Encoder(nn.Module):

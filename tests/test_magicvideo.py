@@ -60,7 +60,7 @@ def test_without_fps_the_image_model_draws_single_pictures(model):
 
 @pytest.mark.parametrize("arguments, words", [
     ({"frames": 16}, "--frames 16.*adaptors.*--frames 16"), ({"fps": 0}, "--fps 0"), ({"fps": float("nan")}, "--fps nan"),
-    ({"seed": -1}, "--seed -1"), ({"steps": 0}, "0 sampling steps.*1 to 1000"), ({"steps": 1001}, "1001 sampling steps"),
+    ({"seed": -1}, "--seed -1"), ({"steps": 0}, "--steps 0.*1 to 1000"), ({"steps": 1001}, "--steps 1001.*1 to 1000"),
     ({"sampler": "euler"}, "euler.*ddim"), ({"eta": 2.0}, "--eta 2.0"), ({"guidance": float("inf")}, "--guidance inf"),
 ])
 def test_values_out_of_range_are_one_line_that_names_the_flag_and_the_remedy(model, arguments, words):

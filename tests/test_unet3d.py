@@ -194,7 +194,7 @@ def test_both_masks_are_their_formula_written_out(qkv, mask):
 @torch.no_grad()
 def test_temporal_attention_is_the_formula_written_out(temporal):
     z = randn(2, FRAMES, 6, 3, 2)
-    for b, y, x in ((0, 0, 0), (1, 2, 1)):
+    for b, y, x in ((0, 0, 1), (1, 2, 0)):
         tokens = F.layer_norm(z[b, :, :, y, x], (6,), temporal.norm.weight, temporal.norm.bias, eps=1e-5)   # (f, c)
         q, k, v = tokens @ temporal.to_q.weight.T, tokens @ temporal.to_k.weight.T, tokens @ temporal.to_v.weight.T
         heads = [explicit(q[:, h], k[:, h], v[:, h], temporal.mask) for h in (slice(0, 3), slice(3, 6))]

@@ -5,7 +5,6 @@ Tests that compare with diffusers skip with a reason where it is not installed.
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
 
 from conftest import changed, close, randn, shaken
 from vae import VAEConfig, VideoVAE
@@ -109,15 +108,15 @@ def test_two_layers_of_each_kind_are_there_where_switched_on(attention, conv):
 
 def test_gradients_reach_every_weight(video):
     vae = shaken(VideoVAE(VAEConfig(**TINY, temporal_conv=True)))
-    total, _ = vae.loss(video, randn(2, FRAMES, 4, 4, 6), kl_weight=1.0)
-    total.backward()
+    mean, logvar = vae.encode(video)
+    vae.decode(vae.sample_latents(mean, logvar, randn(*mean.shape, seed=1))).square().sum().backward()
     for name, p in vae.named_parameters():
         if not name.endswith("to_k.bias"):                  # a shift of all keys cancels in the softmax
             assert p.grad.any(), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latents and loss
+# Latents
 
 
 @torch.no_grad()
@@ -131,8 +130,7 @@ def test_logvar_is_clamped_and_the_mean_is_not(video):
 def test_latents_are_a_draw_from_the_posterior_in_units_of_the_scaling_factor():
     vae = VideoVAE(VAEConfig(**TINY))
     mean, logvar, eps = (randn(2, 3, 4, 5, 6, seed=seed) for seed in range(3))
-    posterior = Normal(mean, logvar.exp().sqrt())
-    assert close(vae.sample_latents(mean, logvar, eps) / 0.18215, posterior.loc + posterior.scale * eps, 1e-12)
+    assert close(vae.sample_latents(mean, logvar, eps), 0.18215 * (mean + logvar.exp().sqrt() * eps), 1e-12)
 
 
 @torch.no_grad()
@@ -142,18 +140,6 @@ def test_decoding_takes_latents_as_sample_latents_gives_them(vae, video):
     scaled = vae.sample_latents(mean, logvar, torch.zeros_like(mean))
     assert close(scaled, 0.18215 * mean, 1e-12)
     assert close(vae.decode(scaled), unscaled.decode(mean), 1e-9)
-
-
-@torch.no_grad()
-def test_the_loss_is_the_squared_error_and_the_weighted_kl_from_a_standard_normal(vae, video):
-    eps = randn(2, FRAMES, 4, 4, 6, seed=1)
-    mean, logvar = vae.encode(video)
-    error = (vae.decode(vae.sample_latents(mean, logvar, eps)) - video).square().mean()
-    kl = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean))).mean()
-    for kl_weight in (0.0, 1e-6, 1.0):
-        total, reconstruction = vae.loss(video, eps, kl_weight)
-        assert total.item() == pytest.approx((error + kl_weight * kl).item(), rel=1e-12)
-        assert reconstruction.item() == pytest.approx(error.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [(12, 16), (16, 12), (7, 8)])
@@ -182,12 +168,13 @@ def diffusers_vae(config):
 def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights(sizes, new):
     config = VAEConfig(**sizes, **new)
     theirs, ours = shaken(diffusers_vae(config)), image_started(config, seed=1)
-    theirs.quant_conv.weight *= 10                          # some log-variances reach the clamp
+    theirs.quant_conv.weight *= 100                         # log-variances on both sides of the clamp
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not unexpected and set(missing) == {name for name in ours.state_dict() if is_new(name)}
 
     video = randn(2, 3, 3, 16, 24)
     mean, logvar = ours.encode(video)
+    assert logvar.min() == -30 and logvar.max() == 20
     for i in range(3):
         posterior = theirs.encode(video[:, i]).latent_dist
         assert close(mean[:, i], posterior.mean, 1e-9)
