@@ -53,10 +53,11 @@ class Settings:
     batch_size: int = setting(8, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
+    new_parts_lr: float = setting(5.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
     vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
-    kl_weight: float = setting(1e-4, "weight of the KL term of the VAE")
+    kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
     text_dropout: float = setting(0.1, "part of the captions left out, which trains the unconditional branch of guidance")
     cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
@@ -169,12 +170,20 @@ def is_video_part(name: str) -> bool:
     return any(part in name for part in ("adaptor", "temporal_attentions", "fps_embedding"))
 
 
-def trained_parts(model: MagicVideo, stage: str) -> list[torch.nn.Parameter]:
-    """The parameters a stage trains; without CLIP's weights the text encoder trains with the U-Net (ours)."""
+def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
+    """What a stage trains, as groups of an optimizer, "factor" times the learning rate each.
+
+    Without CLIP's weights the text encoder trains with the U-Net. The new parts start at zero and have far to go in few
+    steps, so they learn faster (both ours).
+    """
     if stage == "vae":
-        return list(model.vae.parameters())
-    unet = [p for name, p in model.unet.named_parameters() if stage == "video" or not is_video_part(name)]
-    return unet + list(model.text_encoder.parameters())
+        return [{"params": list(model.vae.parameters()), "factor": 1.0}]
+    image = [p for name, p in model.unet.named_parameters() if not is_video_part(name)]
+    groups = [{"params": image + list(model.text_encoder.parameters()), "factor": 1.0}]
+    if stage == "video":
+        video = [p for name, p in model.unet.named_parameters() if is_video_part(name)]
+        groups.append({"params": video, "factor": s.new_parts_lr})
+    return groups
 
 
 def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
@@ -213,6 +222,7 @@ def picture(path: Path, model: MagicVideo, clips: Dataset, stage: str) -> None:
 
 def log(path: Path, stage: str, step: int, loss: float, rate: float, seconds: float) -> None:
     """Adds a line to log.csv; `seconds` count from the start, or resumption, of the stage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
@@ -237,8 +247,9 @@ def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out:
     """Trains one stage and leaves the moving average of its weights in the model. Raises KeyboardInterrupt, saved."""
     steps = {"vae": s.vae_steps, "image": s.image_steps, "video": s.video_steps}[stage]
     highest = s.vae_lr if stage == "vae" else s.lr
-    parameters = trained_parts(model, stage)
-    optimizer = torch.optim.AdamW(parameters, lr=highest, betas=(0.9, 0.99), weight_decay=0.01)
+    groups = trained_parts(model, stage, s)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
     average = AveragedModel(model, multi_avg_fn=warm_average(s.ema))
     first = 0
     if resumed:
@@ -253,7 +264,7 @@ def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out:
     with stop_signals() as stop:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, highest, s.warmup)
+                group["lr"] = group["factor"] * learning_rate(step, steps, highest, s.warmup)
             loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
             if not math.isfinite(loss.item()):
                 raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
@@ -265,7 +276,7 @@ def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out:
             average.update_parameters(model)
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            log(out / "log.csv", stage, step + 1, loss.item(), group["lr"], time.time() - started)
+            log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
             last = step + 1 == steps
             if last or (step + 1) % s.sample_every == 0:
                 picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage)

@@ -102,26 +102,8 @@ class DirectedTemporalAttention(nn.Module):
         return out.reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2)
 
 
-class FPSEmbedding(nn.Module):
-    """emb_v = Linear(SiLU(Linear(Sin(v)))), v in frames per second (paper §3.2, FPS): fps (b,) -> (b, 4c).
-
-    It is added to the time embedding, and its last layer starts at zero (both ours: the paper is silent).
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, 4 * channels)
-        self.linear_2 = nn.Linear(4 * channels, 4 * channels)
-        nn.init.zeros_(self.linear_2.weight)
-        nn.init.zeros_(self.linear_2.bias)
-
-    def forward(self, fps: Tensor) -> Tensor:
-        wave = sinusoid(fps, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(wave)))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's parts, in diffusers' names
+# Stable Diffusion's parts, in diffusers' names, and the FPS embedding beside its like
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
@@ -158,6 +140,18 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         wave = sinusoid(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(wave)))
+
+
+class FPSEmbedding(TimestepEmbedding):
+    """emb_v = Linear(SiLU(Linear(Sin(v)))), v in frames per second: fps (b,) -> (b, 4c) (paper §3.2, FPS).
+
+    It is added to the time embedding, and its last layer starts at zero (both ours: the paper is silent).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
 
 
 class ResnetBlock(nn.Module):

@@ -132,7 +132,7 @@ def broken(tmp_path, model, how):
     if how in ("size", "merges", "field"):
         contents = read_checkpoint(path, "magicvideo")
         if how == "size":
-            contents["model"]["config"] = contents["model"]["config"].replace('"channels": [64', '"channels": [32')
+            contents["model"]["config"] = contents["model"]["config"].replace('"width": ', '"width": 1')
         if how == "merges":
             contents["model"]["merges"] = ["x", "y z q"]
         if how == "field":

@@ -2,7 +2,9 @@
 
 import csv
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -22,6 +24,7 @@ from vae import VAEConfig
 ROOT = Path(__file__).parent.parent
 SHORT = ["--vae-steps", "2", "--image-steps", "2", "--video-steps", "2", "--cache", "4", "--batch-size", "2",
          "--vae-batch-size", "1", "--device", "cpu"]
+WHOLE = {}
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,16 @@ def smallest_preset(monkeypatch, tmp_path):
         size=32, text=CLIPTextConfig(vocab_size=560, context_length=12, width=32, layers=1, heads=2),
         vae=VAEConfig(channels=(8, 8, 8, 16), layers=1, groups=4),
         unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, groups=4, context_width=32, frames=4)))
+
+
+@pytest.fixture
+def whole(smallest_preset, tmp_path_factory):
+    """The weights that an undisturbed run ends with."""
+    if not WHOLE:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        train.main([*SHORT, "--out", str(out)])
+        WHOLE.update(weights(out / "model.pt"))
+    return WHOLE
 
 
 def weights(path):
@@ -61,25 +74,38 @@ def test_a_second_run_takes_a_folder_of_its_own(tmp_path):
     assert train.new_folder("shapes") == Path("runs/shapes-3")
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 5, 6])
-def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(calls, monkeypatch):
-    train.main([*SHORT, "--out", "whole"])
-    counted, rate = iter(range(100)), train.learning_rate
+@pytest.mark.parametrize("stop", [1, 2, 3, 6])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(stop, by, whole, monkeypatch):
+    counted, rate = iter(range(1, 100)), train.learning_rate
 
-    def interrupted(*arguments):
-        if next(counted) == calls:
-            raise KeyboardInterrupt
+    def signalled(*arguments):
+        if next(counted) == stop:
+            os.kill(os.getpid(), by)
         return rate(*arguments)
 
-    monkeypatch.setattr(train, "learning_rate", interrupted)
-    if calls < 6:
-        with pytest.raises(InputError, match="--resume --out stopped"):
-            train.main([*SHORT, "--out", "stopped"])
-        monkeypatch.setattr(train, "learning_rate", rate)
-    else:
-        train.main([*SHORT, "--out", "stopped"])  # a finished run resumes to itself
+    monkeypatch.setattr(train, "learning_rate", signalled)
+    with pytest.raises(InputError, match="--resume --out stopped"):
+        train.main([*SHORT, "--out", "stopped"])
+    assert len(Path("stopped/log.csv").read_text().splitlines()) == stop + 1  # the step at hand is finished and saved
     train.main(["--resume", "--out", "stopped", "--device", "cpu"])
-    assert equal(weights("whole/model.pt"), weights("stopped/model.pt"))
+    assert equal(whole, weights("stopped/model.pt"))
+
+
+def test_a_finished_run_resumes_to_itself(whole):
+    train.main([*SHORT, "--out", "mine"])
+    train.main(["--resume", "--out", "mine", "--device", "cpu"])
+    assert equal(whole, weights("mine/model.pt"))
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(monkeypatch, tmp_path):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_stage", interrupted)
+    with pytest.raises(InputError, match="nothing was written"):
+        train.main(SHORT)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_seed_makes_the_same_model_and_another_seed_another():
@@ -173,6 +199,29 @@ def test_every_setting_and_every_size_is_read_somewhere():
             assert re.search(rf"(\bs|config|config\.\w+|settings|model)\.{f.name}\b", source), f"{config.__name__}.{f.name}"
 
 
+def test_the_vae_loss_is_the_squared_error_plus_the_divergence_of_its_posterior(monkeypatch):
+    model, clips = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32)
+    seen = {}
+    encode, decode = model.vae.encode, model.vae.decode
+    monkeypatch.setattr(model.vae, "encode", lambda video: seen.setdefault(
+        "posterior", encode(seen.setdefault("video", video))))
+    monkeypatch.setattr(model.vae, "decode", lambda z: seen.setdefault("decoded", decode(z)))
+    loss = train.vae_loss(model, clips, 0, train.Settings(kl_weight=0.5))
+    mean, logvar = seen["posterior"]
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
+    torch.testing.assert_close(loss, (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl)
+
+
+def test_the_vae_sees_single_frames_first_and_whole_clips_last():
+    model, clips, s = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32), train.Settings(vae_steps=10)
+    shapes = []
+    model.vae.encode = lambda video: shapes.append(tuple(video.shape[:2])) or (torch.zeros(*video.shape[:2], 4, 4, 4),) * 2
+    for step in range(10):
+        train.vae_loss(model, clips, step, s)
+    assert shapes == [(12, 1)] * 8 + [(3, 4)] * 2
+
+
 def test_one_clip_can_be_learned_by_heart():
     """The loss falls far below its start, and sampling gives back the clip."""
     torch.manual_seed(0)
@@ -194,7 +243,7 @@ def test_one_clip_can_be_learned_by_heart():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_flag(monkeypatch):
-    monkeypatch.setattr(train, "vae_loss", lambda *_: (torch.tensor(float("nan"), requires_grad=True),) * 2)
+    monkeypatch.setattr(train, "vae_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(InputError, match="nan at step 0 of stage vae: lower --vae-lr"):
         train.main([*SHORT, "--out", "bad"])
     assert not Path("bad/model.pt").exists()
@@ -207,7 +256,7 @@ def test_a_folder_of_clips_trains_and_names_the_next_command(capsys):
         Path(f"clips/{i}.txt").write_text(item["caption"])
         if i == 2:
             break
-    train.main([*SHORT, "--data", "clips", "--out", "mine", "--cache", "0"])
+    train.main([*SHORT, "--data", "clips", "--out", "mine"])
     assert "mine/model.pt" in capsys.readouterr().out
     assert MagicVideo.load("mine/model.pt").sample("a red circle", steps=2).shape == (1, 4, 3, 32, 32)
 
