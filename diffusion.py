@@ -21,7 +21,7 @@ class DiffusionConfig:
     beta_end: float = 0.012
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
     snr_gamma: float = 0.0  # weight of the loss capped at this signal-to-noise ratio (min-SNR); 0 = unweighted (paper)
-    shift: float = 1.0  # training visits noisier t more often: t' = s t / (1 + (s - 1) t), t in [0, 1); 1 = evenly (paper)
+    shift: float = 1.0  # above 1, training visits noisy t more often, see draw_steps; 1 = uniform (paper)
 
 
 class Diffusion:
@@ -69,7 +69,8 @@ class Diffusion:
         return (error * self.weight(t).to(error)).mean()
 
     def draw_steps(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Random steps (count,) to train on: uniform, or shifted towards noise (Esser et al. 2024, §5.3.2)."""
+        """Random t (count,) to train on: uniform, or shifted towards noise: ours, for small latents (Esser et al. 2024)."""
+        # t in [0, 1) -> s t / (1 + (s - 1) t)
         t = torch.rand(count, generator=generator)
         t = self.config.shift * t / (1 + (self.config.shift - 1) * t)
         return (t * self.config.steps).long().clamp(max=self.config.steps - 1)

@@ -1,4 +1,4 @@
-"""MagicVideo, the whole as one object: prompts -> text encoder -> 3D U-Net under diffusion -> VideoVAE decoder -> clips.
+"""MagicVideo, the whole as one object: prompts -> text encoder -> 3D U-Net under diffusion -> VideoVAE -> clips.
 
 The five files it joins are one idea each: `clip_text.py`, `vae.py`, `unet3d.py`, `diffusion.py`, and `data.py` for the
 captions that the smallest tokenizer is learned from. Read `train.py` and `sample.py` next: how it is made and used.
@@ -40,7 +40,8 @@ PRESETS = {
         size=64,
         text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
         vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
-        unet=UNetConfig(channels=(64, 96), attention=(True, True), layers=1, heads=4, groups=8, context_width=96, frames=8),
+        unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=4, groups=8, context_width=96,
+                        frames=8),
         diffusion=DiffusionConfig(prediction="v_prediction", snr_gamma=5.0),
     ),
     # one GPU, from scratch on people's own clips: 16 frames of 128 x 128
@@ -106,8 +107,8 @@ class MagicVideo(nn.Module):
             raise InputError(f"--frames {frames}: this model makes {trained} frames, since its adaptors hold one scale "
                              f"and shift for each frame (paper §3.2.1); leave it out, or train with --frames {frames}")
         most = self.config.diffusion.steps
-        ranges = {"--fps": (8 if fps is None else fps, 0.1, 1000), "--steps": (steps, 1, most), "--guidance": (guidance, -1000, 1000),
-                  "--eta": (eta, 0, 1), "--seed": (seed, 0, 2**62)}
+        ranges = {"--fps": (8 if fps is None else fps, 0.1, 1000), "--steps": (steps, 1, most),
+                  "--guidance": (guidance, -1000, 1000), "--eta": (eta, 0, 1), "--seed": (seed, 0, 2**62)}
         for flag, (value, low, high) in ranges.items():
             if not low <= value <= high:
                 raise InputError(f"{flag} {value}: give a number from {low} to {high}")
@@ -161,7 +162,7 @@ def choose_device(name: str | None) -> torch.device:
 def config_from_dict(values: dict) -> MagicVideoConfig:
     """The inverse of `dataclasses.asdict` after a round trip through JSON, which turns tuples into lists."""
     parts = {"text": CLIPTextConfig, "vae": VAEConfig, "unet": UNetConfig, "diffusion": DiffusionConfig}
-    made = {name: part(**{key: tuple(value) if isinstance(value, list) else value for key, value in values[name].items()})
+    made = {name: part(**{key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()})
             for name, part in parts.items()}
     return replace(MagicVideoConfig(**made), size=values["size"])
 
@@ -195,7 +196,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not a checkpoint, or a truncated one; give a model.pt that train.py wrote") from error
+        raise InputError(f"{path}: not a checkpoint, or cut off; give a model.pt that train.py wrote") from error
     if not isinstance(contents, dict) or contents.get("format") != kind:
-        raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, train.py --resume reads checkpoint.pt')
+        raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume reads checkpoint.pt')
     return contents

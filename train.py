@@ -58,7 +58,8 @@ class Settings:
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
-    text_dropout: float = setting(0.1, "part of the captions left out, which trains the unconditional branch of guidance")
+    latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
+    text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
     sample_every: int = setting(500, "steps between pictures in OUT/samples")
@@ -68,9 +69,11 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
+    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16,
+              "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
+    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8,
+              "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
 }
 
@@ -90,7 +93,8 @@ def rng(seed: int, *place: int) -> torch.Generator:
 def indices(count: int, batch: int, step: int, seed: int, stage: int) -> list[tuple[int, int]]:
     """The (epoch, item) pairs of a step's batch: every item once an epoch, in an order that is new each epoch."""
     places = range(step * batch, (step + 1) * batch)
-    orders = {epoch: torch.randperm(count, generator=rng(seed, stage, 0, epoch)) for epoch in {p // count for p in places}}
+    epochs = {place // count for place in places}
+    orders = {epoch: torch.randperm(count, generator=rng(seed, stage, 0, epoch)) for epoch in epochs}
     return [(place // count, int(orders[place // count][place % count])) for place in places]
 
 
@@ -101,23 +105,17 @@ def encode(model: MagicVideo, clip: dict) -> dict:
     return {"mean": mean[0].cpu(), "logvar": logvar[0].cpu(), "caption": clip["caption"], "fps": clip["fps"]}
 
 
-class Latents(Dataset):
-    """Clips through the frozen encoder, once: [i] -> what `encode` returns (ours)."""
+class Latents(list):
+    """Clips through the frozen encoder, once: [i] -> what `encode` returns, the same in every epoch (ours)."""
 
     def __init__(self, model: MagicVideo, clips: Dataset, count: int):
-        self.items = []
+        super().__init__()
         for i in tqdm(range(count), desc="encode", unit="clip", dynamic_ncols=True):
             clips.set_epoch(i // len(clips))
-            self.items.append(encode(model, clips[i % len(clips)]))
+            self.append(encode(model, clips[i % len(clips)]))
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing to do: the cached cuts are the same in every epoch."""
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.items[i]
+        """Nothing changes."""
 
 
 def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tensor:
@@ -154,7 +152,8 @@ def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: 
         batch.append((item["mean"][frames], item["logvar"][frames], item["caption"], item["fps"]))
     means, logvars, captions, fps = zip(*batch)
     mean, logvar = torch.stack(means).to(model.device), torch.stack(logvars).to(model.device)
-    z0 = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))  # (b, f, 4, h/8, w/8)
+    noise = s.latent_noise * normal(mean.shape, generator).to(mean)
+    z0 = model.vae.sample_latents(mean, logvar, noise)  # (b, f, 4, h/8, w/8)
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
@@ -200,11 +199,11 @@ def warm_average(decay: float):
     return update
 
 
-def measure_scaling(model: MagicVideo, clips: Dataset) -> float:
+def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
     """1 / standard deviation of the latents of some clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
     items = [encode(model, clips[i]) for i in range(min(len(clips), 64))]
     mean, logvar = (torch.cat([item[name] for item in items]) for name in ("mean", "logvar"))
-    return float(1 / (mean.var() + logvar.exp().mean()).sqrt())
+    return float(1 / (mean.var() + s.latent_noise**2 * logvar.exp().mean()).sqrt())
 
 
 @torch.no_grad()
@@ -243,8 +242,12 @@ def stop_signals():
             signal.signal(s, handler)
 
 
-def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out: Path, resumed: dict | None) -> None:
-    """Trains one stage and leaves the moving average of its weights in the model. Raises KeyboardInterrupt, saved."""
+def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
+                resumed: dict | None) -> None:
+    """Trains one stage on `source`, `clips` or their latents; leaves the moving average of its weights in the model.
+
+    Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
+    """
     steps = {"vae": s.vae_steps, "image": s.image_steps, "video": s.video_steps}[stage]
     highest = s.vae_lr if stage == "vae" else s.lr
     groups = trained_parts(model, stage, s)
@@ -256,9 +259,6 @@ def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out:
         first = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
         average.load_state_dict(resumed["average"])
-    cached = stage != "vae" and s.data == "shapes" and s.cache and first < steps
-    source = Latents(model, clips, s.cache) if cached else clips
-
     started = time.time()
     bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True)
     with stop_signals() as stop:
@@ -282,14 +282,14 @@ def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out:
                 picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage)
             if last or stop or (step + 1) % s.save_every == 0:
                 write_checkpoint(out / "checkpoint.pt", {
-                    "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage, "step": step + 1,
-                    "model": model.contents(), "average": average.state_dict(), "optimizer": optimizer.state_dict()})
+                    "format": "magicvideo-training", "settings": json.dumps(asdict(s)),
+                    "stage": stage, "step": step + 1, "model": model.contents(), "average": average.state_dict(), "optimizer": optimizer.state_dict()})
                 average.module.save(out / "model.pt")
             if stop:
                 raise KeyboardInterrupt
     model.load_state_dict(average.module.state_dict())
     if stage == "vae":
-        model.config.vae.scaling_factor = measure_scaling(model, clips)
+        model.config.vae.scaling_factor = measure_scaling(model, clips, s)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def train_stage(model: MagicVideo, clips: Dataset, stage: str, s: Settings, out:
 
 def read_flags(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The command line -> (--out, --resume, --device) and the settings that were given, by name."""
-    parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags: every stage on the embedded shapes.")
+    parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags every stage, on shapes.")
     for f in fields(Settings):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
@@ -322,7 +322,7 @@ def check(s: Settings) -> None:
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
         least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62
         if f.type is not str and not least <= value <= most:
-            raise InputError(f"{flag} {value}: must be at least {least}" + (f" and at most {most}" if most == 1 else ""))
+            raise InputError(f"{flag} {value}: must be at least {least}{' and at most 1' if most == 1 else ''}")
 
 
 def new_folder(name: str) -> Path:
@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.resume:
         out = Path(flags.out or "")
         if not flags.out or not (out / "checkpoint.pt").is_file():
-            raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name the folder of a run with --out")
+            raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
         resumed = read_checkpoint(out / "checkpoint.pt", "magicvideo-training")
         s = Settings(**json.loads(resumed["settings"]))
         for name, value in given.items():
@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         s = Settings(**{**PRESET_SETTINGS.get(given.get("preset", "tiny"), {}), **given})
         check(s)
-        out = Path(flags.out) if flags.out else new_folder("shapes" if s.data == "shapes" else Path(s.data).resolve().name)
+        out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
         if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
             raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
     torch.manual_seed(s.seed)
@@ -382,10 +382,12 @@ def main(arguments: list[str] | None = None) -> None:
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
         print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
-    started = time.time()
+    started, source = time.time(), clips
     try:
         for stage in stages:
-            train_stage(model, clips, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
+            if stage != "vae" and source is clips and s.data == "shapes" and s.cache:
+                source = Latents(model, clips, s.cache)
+            train_stage(model, clips, source, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
         raise InputError(f"stopped; go on with: python train.py --resume --out {out}" if saved

@@ -3,7 +3,7 @@
 Three small things are added to the image model, and each starts without any effect, so that training begins
 from the image model exactly: a `FrameAdaptor` after every 3x3 convolution, a `DirectedTemporalAttention` beside every
 spatial transformer, an `FPSEmbedding` beside the time embedding. Image parts carry diffusers' names; new parts stand in
-parallel lists beside them, so that no image weight changes its name. Read `diffusion.py` next: what this network is for.
+parallel lists beside them: no image weight changes its name. Read `diffusion.py` next: what this network is for.
 """
 
 import math
@@ -48,7 +48,7 @@ class FrameAdaptor(nn.Module):
         self.shift = nn.Parameter(torch.zeros(frames, channels))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (b, f, c, h, w), or tokens (b, f, n, c) -> the same shape. Raises ValueError if f is not the trained one."""
+        """z (b, f, c, h, w), or tokens (b, f, n, c) -> same. Raises ValueError if f is not the trained one."""
         frames = len(self.scale)
         if z.shape[1] != frames:
             raise ValueError(f"{z.shape[1]} frames given, but this model's adaptors hold one scale and shift for each "

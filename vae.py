@@ -53,7 +53,7 @@ class VideoVAE(nn.Module):
         """
         factor = 2 ** (len(self.config.channels) - 1)
         if video.shape[-2] % factor or video.shape[-1] % factor:
-            raise ValueError(f"frames of {video.shape[-2]} x {video.shape[-1]} given: both must be multiples of {factor}")
+            raise ValueError(f"frames of {video.shape[-2]} x {video.shape[-1]}: both must be multiples of {factor}")
         moments = self.quant_conv(self.encoder(video.flatten(0, 1))).unflatten(0, video.shape[:2])
         mean, logvar = moments.chunk(2, dim=2)  # (b, f, 4, h/8, w/8) each
         return mean, logvar.clamp(-30, 20)
@@ -218,7 +218,8 @@ class DownLevel(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, last: bool, config: VAEConfig):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, config) for i in range(config.layers))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, config) for i in range(config.layers))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
 
     def forward(self, x: Tensor) -> Tensor:
