@@ -21,7 +21,6 @@ class DiffusionConfig:
     beta_end: float = 0.012
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
     snr_gamma: float = 0.0  # weight of the loss capped at this signal-to-noise ratio (min-SNR); 0 = unweighted (paper)
-    shift: float = 1.0  # above 1, training visits noisy t more often, see draw_steps; 1 = uniform (paper)
 
 
 class Diffusion:
@@ -58,7 +57,7 @@ class Diffusion:
         network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022), and
         `snr_gamma` weighs the steps by min-SNR (Hang et al. 2023): ours, for small models from scratch.
         """
-        t = self.draw_steps(len(z0), generator)
+        t = torch.randint(self.config.steps, (len(z0),), generator=generator)
         eps = normal(z0.shape, generator).to(z0)
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
@@ -67,13 +66,6 @@ class Diffusion:
             target = signal * eps - noise * z0
         error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3, 4))  # (b,)
         return (error * self.weight(t).to(error)).mean()
-
-    def draw_steps(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Random t (count,) to train on: uniform, or shifted towards noise: ours, for small latents (Esser et al. 2024)."""
-        # t in [0, 1) -> s t / (1 + (s - 1) t)
-        t = torch.rand(count, generator=generator)
-        t = self.config.shift * t / (1 + (self.config.shift - 1) * t)
-        return (t * self.config.steps).long().clamp(max=self.config.steps - 1)
 
     def weight(self, t: Tensor) -> Tensor:
         """Weight of each step's loss: 1, or min-SNR: the squared error of z_0 counted min(SNR, gamma) times, (b,)."""

@@ -47,20 +47,18 @@ class Settings:
     stage: str = setting("", "vae, image or video; without it all three, one after the other")
     init_from: str = setting("", "model.pt to start from; --stage image and --stage video need one")
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
-    vae_steps: int = setting(2000, "steps of stage vae")
-    image_steps: int = setting(1500, "steps of stage image")
-    video_steps: int = setting(1500, "steps of stage video")
-    batch_size: int = setting(8, "clips a step; stage image takes as many single frames as these clips have")
+    vae_steps: int = setting(1500, "steps of stage vae")
+    image_steps: int = setting(500, "steps of stage image")
+    video_steps: int = setting(3200, "steps of stage video")
+    batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
-    lr: float = setting(2e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
-    new_parts_lr: float = setting(5.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
+    lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
     vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
-    latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
-    cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
+    cache: int = setting(4800, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
     sample_every: int = setting(500, "steps between pictures in OUT/samples")
     seed: int = setting(0, "of weights, data and noise")
@@ -69,10 +67,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16,
+    "small": {"kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16,
               "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8,
+    "paper": {"kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8,
               "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
 }
@@ -139,21 +137,26 @@ def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tenso
 
 
 def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> Tensor:
-    """The diffusion loss on one batch: of clips (b, f, ...), or in stage image of as many frames (b*f, 1, ...)."""
-    place = STAGES.index(stage)
+    """The diffusion loss on one batch: of clips (b, f, ...), or in stage image of as many frames (b*f, 1, ...).
+
+    Those frames are from different clips where latents are cached; to decode a clip for one frame would be a waste.
+    """
+    place, f = STAGES.index(stage), model.config.unet.frames
     generator = rng(s.seed, place, 1, step)
-    f = model.config.unet.frames if stage == "image" else 1  # single frames are items by themselves
+    spread = f if stage == "image" and isinstance(clips, Latents) else 1  # items a clip is split into
     batch = []
-    for epoch, i in indices(len(clips) * f, s.batch_size * f, step, s.seed, place):
+    for epoch, i in indices(len(clips) * spread, s.batch_size * spread, step, s.seed, place):
         clips.set_epoch(epoch)
-        item = clips[i // f]
+        item = clips[i // spread]
         item = item if "mean" in item else encode(model, item)
-        frames = slice(i % f, i % f + 1) if stage == "image" else slice(None)
-        batch.append((item["mean"][frames], item["logvar"][frames], item["caption"], item["fps"]))
+        part = slice(i % spread, i % spread + 1) if spread > 1 else slice(None)
+        batch.append((item["mean"][part], item["logvar"][part], item["caption"], item["fps"]))
     means, logvars, captions, fps = zip(*batch)
     mean, logvar = torch.stack(means).to(model.device), torch.stack(logvars).to(model.device)
-    noise = s.latent_noise * normal(mean.shape, generator).to(mean)
-    z0 = model.vae.sample_latents(mean, logvar, noise)  # (b, f, 4, h/8, w/8)
+    if stage == "image" and spread == 1:
+        captions = [caption for caption in captions for _ in range(f)]
+        mean, logvar = (part.flatten(0, 1)[:, None] for part in (mean, logvar))  # (b*f, 1, 4, h/8, w/8)
+    z0 = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))  # (b, f, 4, h/8, w/8)
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
@@ -169,20 +172,12 @@ def is_video_part(name: str) -> bool:
     return any(part in name for part in ("adaptor", "temporal_attentions", "fps_embedding"))
 
 
-def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
-    """What a stage trains, as groups of an optimizer, "factor" times the learning rate each.
-
-    Without CLIP's weights the text encoder trains with the U-Net. The new parts start at zero and have far to go in few
-    steps, so they learn faster (both ours).
-    """
+def trained_parts(model: MagicVideo, stage: str) -> list[torch.nn.Parameter]:
+    """The parameters a stage trains; without CLIP's weights the text encoder trains with the U-Net (ours)."""
     if stage == "vae":
-        return [{"params": list(model.vae.parameters()), "factor": 1.0}]
-    image = [p for name, p in model.unet.named_parameters() if not is_video_part(name)]
-    groups = [{"params": image + list(model.text_encoder.parameters()), "factor": 1.0}]
-    if stage == "video":
-        video = [p for name, p in model.unet.named_parameters() if is_video_part(name)]
-        groups.append({"params": video, "factor": s.new_parts_lr})
-    return groups
+        return list(model.vae.parameters())
+    unet = [p for name, p in model.unet.named_parameters() if stage == "video" or not is_video_part(name)]
+    return unet + list(model.text_encoder.parameters())
 
 
 def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
@@ -199,11 +194,11 @@ def warm_average(decay: float):
     return update
 
 
-def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
+def measure_scaling(model: MagicVideo, clips: Dataset) -> float:
     """1 / standard deviation of the latents of some clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
     items = [encode(model, clips[i]) for i in range(min(len(clips), 64))]
     mean, logvar = (torch.cat([item[name] for item in items]) for name in ("mean", "logvar"))
-    return float(1 / (mean.var() + s.latent_noise**2 * logvar.exp().mean()).sqrt())
+    return float(1 / (mean.var() + logvar.exp().mean()).sqrt())
 
 
 @torch.no_grad()
@@ -250,9 +245,8 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     """
     steps = {"vae": s.vae_steps, "image": s.image_steps, "video": s.video_steps}[stage]
     highest = s.vae_lr if stage == "vae" else s.lr
-    groups = trained_parts(model, stage, s)
-    parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
+    parameters = trained_parts(model, stage)
+    optimizer = torch.optim.AdamW(parameters, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
     average = AveragedModel(model, multi_avg_fn=warm_average(s.ema))
     first = 0
     if resumed:
@@ -264,7 +258,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     with stop_signals() as stop:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * learning_rate(step, steps, highest, s.warmup)
+                group["lr"] = learning_rate(step, steps, highest, s.warmup)
             loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
             if not math.isfinite(loss.item()):
                 raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
@@ -276,7 +270,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             average.update_parameters(model)
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
+            log(out / "log.csv", stage, step + 1, loss.item(), group["lr"], time.time() - started)
             last = step + 1 == steps
             if last or (step + 1) % s.sample_every == 0:
                 picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage)
@@ -289,7 +283,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                 raise KeyboardInterrupt
     model.load_state_dict(average.module.state_dict())
     if stage == "vae":
-        model.config.vae.scaling_factor = measure_scaling(model, clips, s)
+        model.config.vae.scaling_factor = measure_scaling(model, clips)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
