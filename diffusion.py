@@ -21,6 +21,8 @@ class DiffusionConfig:
     beta_end: float = 0.012
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
     snr_gamma: float = 0.0  # weight of the loss capped at this signal-to-noise ratio (min-SNR); 0 = unweighted (paper)
+    eta: float = 0.0  # noise of the DDIM sampler where none is asked for: 0 = deterministic (SD), 1 = as noisy as DDPM
+    guidance_rescale: float = 0.0  # how far guided outputs are brought back to their spread (Lin et al. 2023); 0 = SD
 
 
 class Diffusion:
@@ -121,7 +123,13 @@ class Diffusion:
         both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([uncond, context]),
                      None if fps is None else torch.cat([fps, fps]))
         without, given = both.chunk(2)
-        return without + guidance * (given - without)
+        guided = without + guidance * (given - without)
+        if self.config.guidance_rescale:
+            # far from both, its values grow too large: give each clip back the spread it has without guidance
+            dims = tuple(range(1, z.ndim))
+            spread = given.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+            guided = guided * (1 + self.config.guidance_rescale * (spread - 1))
+        return guided
 
     def split(self, z: Tensor, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """What the network's output at step t says of z_t: (z_0_hat, eps_hat), each of z's shape."""

@@ -47,18 +47,20 @@ class Settings:
     stage: str = setting("", "vae, image or video; without it all three, one after the other")
     init_from: str = setting("", "model.pt to start from; --stage image and --stage video need one")
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
-    vae_steps: int = setting(1500, "steps of stage vae")
+    vae_steps: int = setting(1200, "steps of stage vae")
     image_steps: int = setting(500, "steps of stage image")
-    video_steps: int = setting(3200, "steps of stage video")
+    video_steps: int = setting(2200, "steps of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
+    new_parts_lr: float = setting(3.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
     vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
+    latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
-    cache: int = setting(4800, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
+    cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
     sample_every: int = setting(500, "steps between pictures in OUT/samples")
     seed: int = setting(0, "of weights, data and noise")
@@ -67,10 +69,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16,
+    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16,
               "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8,
+    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8,
               "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
 }
@@ -156,7 +158,8 @@ def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: 
     if stage == "image" and spread == 1:
         captions = [caption for caption in captions for _ in range(f)]
         mean, logvar = (part.flatten(0, 1)[:, None] for part in (mean, logvar))  # (b*f, 1, 4, h/8, w/8)
-    z0 = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))  # (b, f, 4, h/8, w/8)
+    noise = s.latent_noise * normal(mean.shape, generator).to(mean)
+    z0 = model.vae.sample_latents(mean, logvar, noise)  # (b, f, 4, h/8, w/8)
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
@@ -172,12 +175,20 @@ def is_video_part(name: str) -> bool:
     return any(part in name for part in ("adaptor", "temporal_attentions", "fps_embedding"))
 
 
-def trained_parts(model: MagicVideo, stage: str) -> list[torch.nn.Parameter]:
-    """The parameters a stage trains; without CLIP's weights the text encoder trains with the U-Net (ours)."""
+def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
+    """What a stage trains, as groups of an optimizer, "factor" times the learning rate each.
+
+    Without CLIP's weights the text encoder trains with the U-Net. The new parts start at zero and have far to go in few
+    steps, so they can learn faster (both ours).
+    """
     if stage == "vae":
-        return list(model.vae.parameters())
-    unet = [p for name, p in model.unet.named_parameters() if stage == "video" or not is_video_part(name)]
-    return unet + list(model.text_encoder.parameters())
+        return [{"params": list(model.vae.parameters()), "factor": 1.0}]
+    image = [p for name, p in model.unet.named_parameters() if not is_video_part(name)]
+    groups = [{"params": image + list(model.text_encoder.parameters()), "factor": 1.0}]
+    if stage == "video":
+        video = [p for name, p in model.unet.named_parameters() if is_video_part(name)]
+        groups.append({"params": video, "factor": s.new_parts_lr})
+    return groups
 
 
 def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
@@ -194,11 +205,11 @@ def warm_average(decay: float):
     return update
 
 
-def measure_scaling(model: MagicVideo, clips: Dataset) -> float:
+def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
     """1 / standard deviation of the latents of some clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
     items = [encode(model, clips[i]) for i in range(min(len(clips), 64))]
     mean, logvar = (torch.cat([item[name] for item in items]) for name in ("mean", "logvar"))
-    return float(1 / (mean.var() + logvar.exp().mean()).sqrt())
+    return float(1 / (mean.var() + s.latent_noise**2 * logvar.exp().mean()).sqrt())
 
 
 @torch.no_grad()
@@ -245,8 +256,9 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     """
     steps = {"vae": s.vae_steps, "image": s.image_steps, "video": s.video_steps}[stage]
     highest = s.vae_lr if stage == "vae" else s.lr
-    parameters = trained_parts(model, stage)
-    optimizer = torch.optim.AdamW(parameters, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
+    groups = trained_parts(model, stage, s)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
     average = AveragedModel(model, multi_avg_fn=warm_average(s.ema))
     first = 0
     if resumed:
@@ -258,7 +270,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     with stop_signals() as stop:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, highest, s.warmup)
+                group["lr"] = group["factor"] * learning_rate(step, steps, highest, s.warmup)
             loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
             if not math.isfinite(loss.item()):
                 raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
@@ -270,7 +282,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             average.update_parameters(model)
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            log(out / "log.csv", stage, step + 1, loss.item(), group["lr"], time.time() - started)
+            log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
             last = step + 1 == steps
             if last or (step + 1) % s.sample_every == 0:
                 picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage)
@@ -283,7 +295,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                 raise KeyboardInterrupt
     model.load_state_dict(average.module.state_dict())
     if stage == "vae":
-        model.config.vae.scaling_factor = measure_scaling(model, clips)
+        model.config.vae.scaling_factor = measure_scaling(model, clips, s)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

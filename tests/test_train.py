@@ -191,8 +191,10 @@ def test_latents_after_the_vae_stage_have_standard_deviation_one():
     clips = ShapesDataset("train", 4, 32)
     items = [train.encode(model, clips[i]) for i in range(64)]
     mean, logvar = (torch.stack([item[name] for item in items]) for name in ("mean", "logvar"))
-    model.config.vae.scaling_factor = train.measure_scaling(model, clips)
-    assert model.vae.sample_latents(mean, logvar, torch.randn_like(mean)).std().item() == pytest.approx(1, abs=0.05)
+    for noise in (0, 1):
+        model.config.vae.scaling_factor = train.measure_scaling(model, clips, train.Settings(latent_noise=noise))
+        latents = model.vae.sample_latents(mean, logvar, noise * torch.randn_like(mean))
+        assert latents.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_every_setting_and_every_size_is_read_somewhere():
