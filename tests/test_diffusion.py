@@ -332,3 +332,17 @@ def test_progress_sees_every_step():
     seen = []
     Diffusion().sample(wavy, SHAPE, CONTEXT, UNCOND, FPS, steps=7, progress=lambda steps: seen.extend(steps) or steps)
     assert len(seen) == 7
+
+
+def test_rescaled_guidance_has_the_spread_of_the_output_with_text():
+    outputs = randn(4, 2, 3, 4, 4)
+    z, zeros = torch.zeros(2, 2, 3, 4, 4).double(), torch.zeros(2, 1, 1).double()
+
+    def guided(rescale):
+        diffusion = Diffusion(DiffusionConfig(guidance_rescale=rescale))
+        return diffusion.guided(lambda *_: outputs, z, 500, zeros, zeros, None, 7.5)
+
+    spread = outputs[2:].std((1, 2, 3, 4))
+    torch.testing.assert_close(guided(1.0).std((1, 2, 3, 4)), spread)
+    assert (guided(0.0).std((1, 2, 3, 4)) > 2 * spread).all()
+    torch.testing.assert_close(guided(0.5), (guided(0.0) + guided(1.0)) / 2)

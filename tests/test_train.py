@@ -201,7 +201,7 @@ def test_every_setting_and_every_size_is_read_somewhere():
     source = "".join(path.read_text() for path in ROOT.glob("*.py"))
     for config in (train.Settings, MagicVideoConfig, UNetConfig, VAEConfig, CLIPTextConfig, DiffusionConfig):
         for f in fields(config):
-            assert re.search(rf"(\bs|config|model)\.{f.name}\b", source), f"{config.__name__}.{f.name}"
+            assert re.search(rf"(\bs|config|model|diffusion)\.{f.name}\b", source), f"{config.__name__}.{f.name}"
 
 
 def test_the_vae_loss_is_the_squared_error_plus_the_divergence_of_its_posterior(monkeypatch):
