@@ -1,5 +1,6 @@
 """The README keeps its word: every name in its map exists, every file and flag that it names is there."""
 
+import ast
 import importlib
 import re
 import sys
@@ -55,6 +56,10 @@ def test_the_package_lists_hold_what_the_code_imports():
     names = {re.split(r"[<>=\s#]", line)[0] for line in listed.splitlines() if line and line[0] != "#"}
     imported = set()
     for path in ROOT.glob("*.py"):
-        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text("utf-8"), re.MULTILINE))
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {path.stem for path in ROOT.glob("*.py")}
     assert {"PIL" if name == "pillow" else name for name in names} >= foreign
