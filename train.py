@@ -289,7 +289,8 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             if last or stop or (step + 1) % s.save_every == 0:
                 write_checkpoint(out / "checkpoint.pt", {
                     "format": "magicvideo-training", "settings": json.dumps(asdict(s)),
-                    "stage": stage, "step": step + 1, "model": model.contents(), "average": average.state_dict(), "optimizer": optimizer.state_dict()})
+                    "stage": stage, "step": step + 1, "model": model.contents(),
+                    "average": average.state_dict(), "optimizer": optimizer.state_dict()})
                 average.module.save(out / "model.pt")
             if stop:
                 raise KeyboardInterrupt

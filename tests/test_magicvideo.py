@@ -59,7 +59,8 @@ def test_without_fps_the_image_model_draws_single_pictures(model):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ({"frames": 16}, "--frames 16.*adaptors.*--frames 16"), ({"fps": 0}, "--fps 0"), ({"fps": float("nan")}, "--fps nan"),
+    ({"frames": 16}, "--frames 16.*adaptors.*--frames 16"), ({"fps": 0}, "--fps 0"),
+    ({"fps": float("nan")}, "--fps nan"),
     ({"seed": -1}, "--seed -1"), ({"steps": 0}, "--steps 0.*1 to 1000"), ({"steps": 1001}, "--steps 1001.*1 to 1000"),
     ({"sampler": "euler"}, "euler.*ddim"), ({"eta": 2.0}, "--eta 2.0"), ({"guidance": float("inf")}, "--guidance inf"),
 ])
