@@ -299,10 +299,11 @@ class CLIPTextEncoder(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """CLIP's own start for training from scratch (matches OpenAI's, but for zero biases in the MLPs too)."""
+        """A start for training from scratch: OpenAI's, but for wide token embeddings and zero biases in the MLPs."""
         width, layers = self.config.width, self.config.layers
-        # Embeddings: small, and positions smaller, so that at first a token matters more than its place.
-        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
+        # Embeddings: at OpenAI's 0.02 the first steps can make two words alike. Single frames say nothing of "left" and
+        # "right", so stage image did, and stage video never told them apart again. At 1, words stay distinct (ours).
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=1.0)
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
         for layer in self.text_model.encoder.layers:
             # Readers: a normalised input comes out with variance 1, or 1/2 per hidden unit of the MLP.

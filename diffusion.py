@@ -19,8 +19,9 @@ class DiffusionConfig:
     steps: int = 1000  # T
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    zero_terminal_snr: bool = False  # whether z_T is pure noise (Lin et al. 2023); SD leaves 0.07 z_0 in it
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
-    snr_gamma: float = 0.0  # weight of the loss capped at this signal-to-noise ratio (min-SNR); 0 = unweighted (paper)
+    time_shift: float = 1.0  # above 1, noisy steps are trained more often (Esser et al. 2024); 1 = uniform (paper)
     eta: float = 0.0  # noise of the DDIM sampler where none is asked for: 0 = deterministic (SD), 1 = as noisy as DDPM
     guidance_rescale: float = 0.0  # how far guided outputs are brought back to their spread (Lin et al. 2023); 0 = SD
 
@@ -28,7 +29,7 @@ class DiffusionConfig:
 class Diffusion:
     """q(z_t | z_0), the training loss and the samplers; t counts 0 .. T-1 as in Stable Diffusion.
 
-    Raises ValueError for an unknown prediction.
+    Raises ValueError for an unknown prediction, and for one that cannot do without signal in z_T.
     """
 
     def __init__(self, config: DiffusionConfig | None = None):
@@ -39,6 +40,12 @@ class Diffusion:
         betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps) ** 2
         # alpha_bar_t: made in float32 as diffusers makes it, then kept in float64 so that nothing else is rounded
         self.alphas_cumprod = (1 - betas).cumprod(0).double()
+        if config.zero_terminal_snr:
+            if config.prediction == "epsilon":
+                raise ValueError('zero_terminal_snr needs prediction "v_prediction": eps says nothing of z_0 at T')
+            # sqrt(alpha_bar) moved and stretched until its last value is 0 and its first stays
+            root = self.alphas_cumprod.sqrt()
+            self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of steps t (b,), shaped to multiply `like` (b, ...)."""
@@ -52,32 +59,25 @@ class Diffusion:
         return signal * z0 + noise * eps
 
     def loss(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
-             generator: torch.Generator | None = None) -> Tensor:
+             generator: torch.Generator | None = None, shared: float = 0.0) -> Tensor:
         """|| eps - eps_hat(z_t, t, context, fps) ||^2, t uniform in [0, T), averaged over everything (paper §3.2).
 
         z0 (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model -> scalar. With "v_prediction" the
-        network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022), and
-        `snr_gamma` weighs the steps by min-SNR (Hang et al. 2023): ours, for small models from scratch.
+        network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022), and a
+        `time_shift` above 1 prefers noisy steps, where places and motion are decided. `shared` is the share of frame
+        1's noise in that of the later frames, after Ge et al. 2023; each frame's noise stays N(0, I). Both are ours.
         """
-        t = torch.randint(self.config.steps, (len(z0),), generator=generator)
+        u, shift = torch.rand(len(z0), generator=generator), self.config.time_shift
+        t = (self.config.steps * shift * u / (1 + (shift - 1) * u)).long().clamp(max=self.config.steps - 1)  # (b,)
         eps = normal(z0.shape, generator).to(z0)
+        # eps_i = sqrt(share) eps_1 + sqrt(1 - share) eps_i
+        eps[:, 1:] = shared**0.5 * eps[:, :1] + (1 - shared) ** 0.5 * eps[:, 1:]
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
         if self.config.prediction == "v_prediction":
             signal, noise = self.coefficients(t, z0)
             target = signal * eps - noise * z0
-        error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3, 4))  # (b,)
-        return (error * self.weight(t).to(error)).mean()
-
-    def weight(self, t: Tensor) -> Tensor:
-        """Weight of each step's loss: 1, or min-SNR: the squared error of z_0 counted min(SNR, gamma) times, (b,)."""
-        if not self.config.snr_gamma:
-            return torch.ones(len(t))
-        alpha = self.alphas_cumprod[t.cpu()]
-        snr = alpha / (1 - alpha)
-        capped = snr.clamp(max=self.config.snr_gamma)
-        # |z_0 - z_0_hat|^2 = |eps - eps_hat|^2 / SNR = |v - v_hat|^2 / (SNR + 1)
-        return capped / (snr if self.config.prediction == "epsilon" else snr + 1)
+        return (predicted.float() - target.float()).square().mean()
 
     @torch.no_grad()
     def sample(self, model: Callable, shape: tuple[int, ...], context: Tensor, uncond: Tensor, fps: Tensor | None,

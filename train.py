@@ -49,16 +49,17 @@ class Settings:
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
     vae_steps: int = setting(1200, "steps of stage vae")
     image_steps: int = setting(500, "steps of stage image")
-    video_steps: int = setting(2200, "steps of stage video")
+    video_steps: int = setting(4100, "steps of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
-    new_parts_lr: float = setting(3.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
+    new_parts_lr: float = setting(5.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
     vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
+    shared_noise: float = setting(0.8, "in the first third of stage video, frame 1's share in the later frames' noise")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
@@ -69,11 +70,11 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16,
-              "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
+    "small": {"shared_noise": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+              "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8,
-              "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
+    "paper": {"shared_noise": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+              "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
 }
 
@@ -163,7 +164,9 @@ def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: 
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
-    return model.diffusion.loss(model.unet, z0, context, rate, generator)
+    # frames with mostly the same noise show plainly how they differ: motion, and the words for it, are learned first
+    shared = s.shared_noise if stage == "video" and step < s.video_steps / 3 else 0.0
+    return model.diffusion.loss(model.unet, z0, context, rate, generator, shared)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,8 +209,9 @@ def warm_average(decay: float):
 
 
 def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
-    """1 / standard deviation of the latents of some clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
-    items = [encode(model, clips[i]) for i in range(min(len(clips), 64))]
+    """1 / standard deviation of the latents of 64 clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
+    some = torch.randperm(len(clips), generator=rng(s.seed, 0, 2))[:64].tolist()
+    items = [encode(model, clips[i]) for i in some]
     mean, logvar = (torch.cat([item[name] for item in items]) for name in ("mean", "logvar"))
     return float(1 / (mean.var() + s.latent_noise**2 * logvar.exp().mean()).sqrt())
 
@@ -327,7 +331,7 @@ def check(s: Settings) -> None:
     at_least_one = ("batch_size", "vae_batch_size", "save_every", "sample_every")
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
-        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62
+        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout", "shared_noise") else 2**62
         if f.type is not str and not least <= value <= most:
             raise InputError(f"{flag} {value}: must be at least {least}{' and at most 1' if most == 1 else ''}")
 

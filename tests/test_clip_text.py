@@ -368,11 +368,11 @@ def test_gradients_reach_every_weight(tokens):
             assert p.grad.abs().sum() > 0, name
 
 
-def test_a_new_encoder_starts_as_clip_does():
+def test_a_new_encoder_starts_as_clip_does_with_words_further_apart():
     torch.manual_seed(0)
     encoder = CLIPTextEncoder(CLIPTextConfig(vocab_size=512, context_length=77, width=128, layers=2, heads=4))
     weights = {name.removeprefix("text_model."): p.detach() for name, p in encoder.named_parameters()}
-    stds = {"token_embedding": 0.02, "position_embedding": 0.01, "q_proj": 128**-0.5, "k_proj": 128**-0.5,
+    stds = {"token_embedding": 1.0, "position_embedding": 0.01, "q_proj": 128**-0.5, "k_proj": 128**-0.5,
             "v_proj": 128**-0.5, "out_proj": 128**-0.5 / 2, "fc1": 256**-0.5, "fc2": 128**-0.5 / 2}
     for name, weight in weights.items():
         kind = name.split(".")[-2]

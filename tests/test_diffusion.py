@@ -114,35 +114,6 @@ def test_v_is_compared_with_sqrt_alpha_bar_eps_minus_sqrt_one_minus_alpha_bar_z0
     assert loss.item() == pytest.approx((output - v).square().mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_counts_the_error_of_the_latents_at_most_gamma_times(prediction):
-    process = Diffusion(DiffusionConfig(prediction=prediction, snr_gamma=5.0))
-    alpha = process.alphas_cumprod
-    snr = alpha / (1 - alpha)
-    expected = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
-    assert snr.min() < 5 < snr.max()
-    assert close(process.weight(torch.arange(1000)), expected, 1e-12)
-
-    z0, calls = randn(*SHAPE), []
-    perfect = oracle(process, z0)
-    off_by_a_clips_number = lambda z, t, *rest: perfect(z, t, *rest) + torch.tensor([1.0, 2, 3]).view(-1, 1, 1, 1, 1)
-    loss = process.loss(recorded(off_by_a_clips_number, calls), z0, CONTEXT, FPS, seeded())
-    weighed = (expected[calls[0][1]] * torch.tensor([1, 4, 9])).mean()
-    assert loss.item() == pytest.approx(weighed.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("t", [10, 900])
-def test_min_snr_weighs_the_same_error_of_the_latents_the_same_for_both_predictions(t):
-    z, off = randn(*SHAPE), randn(*SHAPE, seed=1)
-    error_of_latents, weighed = [], []
-    for prediction in PREDICTIONS:
-        process = Diffusion(DiffusionConfig(prediction=prediction, snr_gamma=5.0))
-        error = process.split(z, off, t)[0] - process.split(z, torch.zeros_like(off), t)[0]
-        error_of_latents.append(error.square().mean())
-        weighed.append(process.weight(torch.tensor([t])) * off.square().mean())
-    assert (weighed[0] / error_of_latents[0]).item() == pytest.approx((weighed[1] / error_of_latents[1]).item())
-
-
 def test_training_steps_are_uniform_over_0_to_999():
     calls = []
     z0, context = torch.zeros(20_000, 1, 1, 1, 1), torch.zeros(20_000, 1, 1)
@@ -151,6 +122,52 @@ def test_training_steps_are_uniform_over_0_to_999():
     assert (t.min(), t.max()) == (0, 999)
     assert t.double().mean().item() == pytest.approx(499.5, abs=5 * 289 / 20_000**0.5)
     assert ((t // 100).bincount(minlength=10) - 2000).abs().max() < 5 * 1800**0.5
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_as_diffusers_rescales():
+    process, plain = Diffusion(DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction")), Diffusion()
+    assert process.alphas_cumprod[-1] == 0 and process.alphas_cumprod[0] == pytest.approx(plain.alphas_cumprod[0])
+    assert (process.alphas_cumprod.diff() < 0).all()
+    scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddim", reason="diffusers is not installed")
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    theirs = (1 - scheduling.rescale_zero_terminal_snr(betas)).cumprod(0)
+    assert close(process.alphas_cumprod, theirs.double(), 1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_an_oracle_is_followed_from_pure_noise(sampler, steps):
+    process, z0 = Diffusion(DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction")), randn(*SHAPE)
+    z = process.sample(oracle(process, z0), SHAPE, CONTEXT, UNCOND, FPS, sampler, steps, 1.0, 1.0, seeded())
+    assert close(z, z0, 0.1)
+
+
+def test_eps_is_refused_where_the_last_step_holds_no_signal():
+    with pytest.raises(ValueError, match="v_prediction"):
+        Diffusion(DiffusionConfig(zero_terminal_snr=True))
+
+
+def test_a_time_shift_of_s_makes_the_step_at_part_u_of_the_way_s_u_over_1_plus_s_minus_1_u():
+    calls = []
+    z0, context = torch.zeros(20_000, 1, 1, 1, 1), torch.zeros(20_000, 1, 1)
+    Diffusion(DiffusionConfig(time_shift=3.0)).loss(recorded(lambda z, t, *rest: z, calls), z0, context, None, seeded())
+    t = calls[0][1]
+    assert t.min() >= 0 and t.max() == 999
+    for u in (0.25, 0.5, 0.75):
+        assert t.double().quantile(u).item() == pytest.approx(1000 * 3 * u / (1 + 2 * u), abs=15)
+
+
+def test_shared_noise_correlates_later_frames_with_the_first_and_leaves_every_frame_normal():
+    calls, z0 = [], torch.zeros(2, 4, 4, 100, 100)
+    process = Diffusion()
+    process.loss(recorded(lambda z, t, *rest: z, calls), z0, torch.zeros(2, 1, 1), None, seeded(), shared=0.64)
+    ((z, t, *_),) = calls
+    frames = (z / process.coefficients(t, z)[1]).double().transpose(0, 1).flatten(1)        # eps (f, 80_000)
+    expected = torch.full((4, 4), 0.64).double()
+    expected[0] = expected[:, 0] = 0.8
+    expected.fill_diagonal_(1)
+    assert close(frames @ frames.T / frames.shape[1], expected, 0.02)
+    assert frames.mean(1).abs().max() < 0.02
 
 
 def test_the_same_seed_gives_the_same_loss():
