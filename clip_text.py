@@ -8,6 +8,7 @@ Read next: unet3d.py, where every frame reads these vectors by cross-attention.
 import gzip
 import heapq
 import html
+import json
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ from torch import Tensor, nn
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = 49152 - 256 - 2           # OpenAI's file lists 262,144 merges and a header; CLIP uses the first 48,894
-CLIP_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt")
-REMEDY = f"pass OpenAI's {CLIP_FILES[0]}, a Stable Diffusion tokenizer's merges.txt, or a folder that holds one of them"
+CLIP_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt", "tokenizer.json")
+REMEDY = (f"pass OpenAI's {CLIP_FILES[0]}, a Stable Diffusion tokenizer's merges.txt or tokenizer.json, or a folder "
+          f"that holds one of them")
 
 # What counts as a word: English endings ('s, 'll), a run of letters, one single digit, or a run of anything else.
 WORD = regex.compile(
@@ -89,7 +91,7 @@ class Tokenizer:
 
     @classmethod
     def from_clip(cls, path: str | Path, context_length: int = 77) -> "Tokenizer":
-        """The tokenizer in bpe_simple_vocab_16e6.txt[.gz], in a merges.txt, or in a folder that holds one of them.
+        """The tokenizer in bpe_simple_vocab_16e6.txt[.gz], merges.txt, tokenizer.json, or in a folder that holds one.
 
         Raises FileNotFoundError for a missing file, and ValueError for one that is not a list of merges.
         """
@@ -100,13 +102,16 @@ class Tokenizer:
             raise FileNotFoundError(f"{path}: no tokenizer file here; {REMEDY}")
         try:
             raw = file.read_bytes()
+            if file.suffix == ".json":  # transformers 5 writes the merges there alone, as "a b" or ["a", "b"]
+                merges = json.loads(raw)["model"]["merges"]
+                return cls([tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges], context_length)
             lines = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8").split("\n")
             lines = lines[1:] if "#version" in lines[0] else lines
             pairs = [tuple(line.split()) for line in lines[:CLIP_MERGES] if line.strip()]
             if not pairs or any(len(pair) != 2 for pair in pairs):
                 raise ValueError("two symbols a line are expected")
             return cls(pairs, context_length)
-        except (OSError, EOFError, zlib.error, ValueError) as error:    # bad gzip, bad UTF-8, bad merges
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:  # bad gzip, UTF-8, merges
             raise ValueError(f"{file}: cannot be read as a list of merges ({error}); {REMEDY}") from error
 
     @classmethod

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import ClipFolder, InputError, ShapesDataset, strip, write_image
 from diffusion import normal
-from magicvideo import PRESETS, MagicVideo, choose_device, read_checkpoint, write_checkpoint
+from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
 
 STAGES = ("vae", "image", "video")
 
@@ -45,7 +45,8 @@ class Settings:
     data: str = setting("shapes", 'folder of clips, or "shapes" for the embedded data set')
     preset: str = setting("tiny", "sizes of the model: tiny, small or paper")
     stage: str = setting("", "vae, image or video; without it all three, one after the other")
-    init_from: str = setting("", "model.pt to start from; --stage image and --stage video need one")
+    init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; --stage image and video need one")
+    train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
     vae_steps: int = setting(1200, "steps of stage vae")
     image_steps: int = setting(500, "steps of stage image")
@@ -173,24 +174,23 @@ def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: 
 # A stage
 
 
-def is_video_part(name: str) -> bool:
-    """Whether a parameter of the U-Net is MagicVideo's own, unused by the image model."""
-    return any(part in name for part in ("adaptor", "temporal_attentions", "fps_embedding"))
-
-
 def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
     """What a stage trains, as groups of an optimizer, "factor" times the learning rate each.
 
-    Without CLIP's weights the text encoder trains with the U-Net. The new parts start at zero and have far to go in few
-    steps, so they can learn faster (both ours).
+    Stable Diffusion's text encoder and VAE encoder stay as they are, and with --train new all of its weights; without
+    them the text encoder trains with the U-Net. The new parts start at zero and have far to go in few steps, so
+    they can learn faster (both ours).
     """
+    part = model.vae if stage == "vae" else model.unet
+    new = [p for name, p in part.named_parameters() if is_new_part(name)]
     if stage == "vae":
-        return [{"params": list(model.vae.parameters()), "factor": 1.0}]
-    image = [p for name, p in model.unet.named_parameters() if not is_video_part(name)]
-    groups = [{"params": image + list(model.text_encoder.parameters()), "factor": 1.0}]
+        frozen = model.config.pretrained  # the latents must stay what the U-Net knows
+        return [{"params": new if frozen else list(part.parameters()), "factor": 1.0}]
+    image = [p for name, p in part.named_parameters() if not is_new_part(name)]
+    text = [] if model.config.pretrained else list(model.text_encoder.parameters())
+    groups = [] if s.train == "new" else [{"params": image + text, "factor": 1.0}]
     if stage == "video":
-        video = [p for name, p in model.unet.named_parameters() if is_video_part(name)]
-        groups.append({"params": video, "factor": s.new_parts_lr})
+        groups.append({"params": new, "factor": s.new_parts_lr})
     return groups
 
 
@@ -262,6 +262,10 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     highest = s.vae_lr if stage == "vae" else s.lr
     groups = trained_parts(model, stage, s)
     parameters = [p for group in groups for p in group["params"]]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
     optimizer = torch.optim.AdamW(groups, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
     average = AveragedModel(model, multi_avg_fn=warm_average(s.ema))
     first = 0
@@ -299,7 +303,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             if stop:
                 raise KeyboardInterrupt
     model.load_state_dict(average.module.state_dict())
-    if stage == "vae":
+    if stage == "vae" and not model.config.pretrained:
         model.config.vae.scaling_factor = measure_scaling(model, clips, s)
 
 
@@ -326,6 +330,10 @@ def check(s: Settings) -> None:
         raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
     if s.stage not in ("", *STAGES):
         raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(STAGES)}, or none for all')
+    if s.train not in ("all", "new"):
+        raise InputError(f'--train "{s.train}": use all or new')
+    if s.train == "new" and s.stage != "video":
+        raise InputError("--train new: the image stage has no new parts; add --stage video")
     if s.stage in ("image", "video") and not s.init_from:
         raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
     at_least_one = ("batch_size", "vae_batch_size", "save_every", "sample_every")
@@ -364,7 +372,8 @@ def main(arguments: list[str] | None = None) -> None:
                 raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
                                  f"{getattr(s, name)} and goes on with it; leave the flag out")
     else:
-        s = Settings(**{**PRESET_SETTINGS.get(given.get("preset", "tiny"), {}), **given})
+        preset = "paper" if Path(given.get("init_from") or "-").is_dir() else given.get("preset", "tiny")
+        s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
         check(s)
         out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
         if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
@@ -374,7 +383,9 @@ def main(arguments: list[str] | None = None) -> None:
     if resumed:
         model = MagicVideo.from_contents(resumed["model"], out / "checkpoint.pt")
     elif s.init_from:
-        model = MagicVideo.load(s.init_from)
+        folder = Path(s.init_from).is_dir()
+        model = (MagicVideo.from_stable_diffusion(s.init_from, s.frames or 16) if folder
+                 else MagicVideo.load(s.init_from))
         if s.frames not in (0, model.config.unet.frames):
             raise InputError(f"--frames {s.frames}: {s.init_from} makes {model.config.unet.frames} frames, and its "
                              f"adaptors hold one scale and shift for each (paper §3.2.1); leave it out")
@@ -389,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = model or MagicVideo.from_preset(s.preset, frames, [caption for caption in clips.captions if caption])
     model = model.to(device).train()
 
-    stages = [s.stage] if s.stage else list(STAGES)
+    stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
         print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")

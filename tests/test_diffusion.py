@@ -175,6 +175,13 @@ def test_the_same_seed_gives_the_same_loss():
     assert first == again != other
 
 
+def test_guidance_is_left_out_below_guidance_from():
+    process, calls = Diffusion(DiffusionConfig(guidance_from=500)), []
+    process.sample(recorded(wavy, calls), SHAPE, CONTEXT, UNCOND, FPS, steps=10, guidance=7.5, generator=seeded())
+    assert [len(z) // len(CONTEXT) for z, *_ in calls] == [2 if call[1][0] >= 500 else 1 for call in calls]
+    assert {len(z) for z, *_ in calls} == {3, 6}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Against diffusers
 

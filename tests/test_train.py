@@ -126,10 +126,10 @@ def test_a_stage_trains_its_own_parts_and_no_others():
         return {key for key in before if part(key) and not torch.equal(before[key], after[key])}
 
     def video_part(key):
-        return key.startswith("unet.") and train.is_video_part(key)
+        return key.startswith("unet.") and train.is_new_part(key)
 
     def image_part(key):
-        return key.startswith("unet.") and not train.is_video_part(key)
+        return key.startswith("unet.") and not train.is_new_part(key)
 
     assert not changed(steps[0], steps[1], lambda key: key.startswith("vae."))
     assert not changed(steps[0], steps[1], video_part) and len(changed(steps[0], steps[1], image_part)) > 100
@@ -164,7 +164,7 @@ def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
     model = MagicVideo.from_preset("tiny")
     clips = ShapesDataset("train", 4, 32)
     seen = {}
-    monkeypatch.setattr(model.diffusion, "loss", lambda unet, z0, context, fps, generator: seen.update(
+    monkeypatch.setattr(model.diffusion, "loss", lambda unet, z0, context, fps, generator, shared: seen.update(
         shape=z0.shape, fps=fps) or z0.sum())
     train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
     assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
@@ -172,6 +172,29 @@ def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
     assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
     train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "video")
     assert seen["shape"] == (2, 4, 4, 4, 4) and seen["fps"].shape == (2,)
+
+
+def test_frames_share_noise_in_the_first_third_of_the_video_stage_alone(monkeypatch):
+    model, clips, shares = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32), []
+    monkeypatch.setattr(model.diffusion, "loss", lambda *arguments: shares.append(arguments[-1]) or arguments[1].sum())
+    settings = train.Settings(batch_size=1, video_steps=9, image_steps=9)
+    for stage in ("image", "video"):
+        for step in (0, 2, 3, 8):
+            train.unet_loss(model, clips, step, settings, stage)
+    assert shares == [0, 0, 0, 0, 0.8, 0.8, 0, 0]
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_start_from_stable_diffusion_keeps_the_text_encoder_and_the_vae_as_they_are(pretrained):
+    model = MagicVideo.from_preset("tiny")
+    model.config.pretrained = pretrained
+    parts = {stage: {id(p) for group in train.trained_parts(model, stage, train.Settings()) for p in group["params"]}
+             for stage in train.STAGES}
+    text = {id(p) for p in model.text_encoder.parameters()}
+    encoder = {id(p) for p in model.vae.encoder.parameters()}
+    temporal = {id(p) for name, p in model.vae.named_parameters() if "temporal" in name}
+    assert (text <= parts["video"], encoder <= parts["vae"]) == (not pretrained,) * 2
+    assert not pretrained or (parts["vae"] == temporal and not text & parts["image"] and temporal)
 
 
 def test_captions_are_left_out_as_often_as_asked(monkeypatch):
