@@ -23,7 +23,7 @@ class DiffusionConfig:
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
     time_shift: float = 1.0  # above 1, noisy steps are trained more often (Esser et al. 2024); 1 = uniform (paper)
     eta: float = 0.0  # noise of the DDIM sampler where none is asked for: 0 = deterministic (SD), 1 = as noisy as DDPM
-    guidance_from: int = 0  # guide only at steps from this one up (Kynkäänniemi et al. 2024); 0 = at all (SD)
+    guidance_power: float = 0.0  # guidance falls towards 1 as (t / T)^power, for small models (ours); 0 = constant (SD)
     guidance_rescale: float = 0.0  # how far guided outputs are brought back to their spread (Lin et al. 2023); 0 = SD
 
 
@@ -117,9 +117,10 @@ class Diffusion:
     def guided(self, model: Callable, z: Tensor, t: int, context: Tensor, uncond: Tensor, fps: Tensor | None,
                guidance: float) -> Tensor:
         """Classifier-free guidance: the network's output pushed away from the one without text, shape of z."""
-        unguided = guidance == 1 or t < self.config.guidance_from
+        if self.config.guidance_power:  # text settles places and motion first; pushed on, edges and colors would overshoot
+            guidance = 1 + (guidance - 1) * (t / self.config.steps) ** self.config.guidance_power
         t = torch.full((len(z),), t, device=z.device)
-        if unguided:
+        if guidance == 1:
             return model(z, t, context, fps)
         # both halves in one batch: uncond + s (cond - uncond)
         both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([uncond, context]),

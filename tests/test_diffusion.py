@@ -175,11 +175,12 @@ def test_the_same_seed_gives_the_same_loss():
     assert first == again != other
 
 
-def test_guidance_is_left_out_below_guidance_from():
-    process, calls = Diffusion(DiffusionConfig(guidance_from=500)), []
-    process.sample(recorded(wavy, calls), SHAPE, CONTEXT, UNCOND, FPS, steps=10, guidance=7.5, generator=seeded())
-    assert [len(z) // len(CONTEXT) for z, *_ in calls] == [2 if call[1][0] >= 500 else 1 for call in calls]
-    assert {len(z) for z, *_ in calls} == {3, 6}
+def test_guidance_power_lowers_guidance_with_the_square_of_the_step():
+    z, plain, falling = randn(*SHAPE), Diffusion(), Diffusion(DiffusionConfig(guidance_power=2.0))
+    for t, weight in ((999, 1 + 6.5 * 0.999**2), (500, 1 + 6.5 / 4)):
+        wanted = plain.guided(wavy, z, t, CONTEXT, UNCOND, FPS, weight)
+        assert close(falling.guided(wavy, z, t, CONTEXT, UNCOND, FPS, 7.5), wanted, 1e-12)
+    assert close(falling.guided(wavy, z, 500, CONTEXT, UNCOND, FPS, 1.0), wavy(z, torch.full((3,), 500), CONTEXT, FPS), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
