@@ -117,7 +117,7 @@ class Diffusion:
     def guided(self, model: Callable, z: Tensor, t: int, context: Tensor, uncond: Tensor, fps: Tensor | None,
                guidance: float) -> Tensor:
         """Classifier-free guidance: the network's output pushed away from the one without text, shape of z."""
-        if self.config.guidance_power:  # text settles places and motion first; pushed on, edges and colors would overshoot
+        if self.config.guidance_power:  # text settles place and motion first; pushed on, edges and colors overshoot
             guidance = 1 + (guidance - 1) * (t / self.config.steps) ** self.config.guidance_power
         t = torch.full((len(z),), t, device=z.device)
         if guidance == 1:

@@ -171,7 +171,7 @@ BROKEN = {
     "a weight left over": (lambda f: rewrite(f / "unet/diffusion_pytorch_model.safetensors",
                                              lambda w: {**w, "add_embedding.bias": torch.zeros(5)}), "1 left over"),
     "a weight missing": (lambda f: rewrite(f / "unet/diffusion_pytorch_model.safetensors",
-                                           lambda w: {n: t for n, t in w.items() if n != "conv_in.bias"}), "1 weights mis"),
+                                           lambda w: {n: w[n] for n in w if n != "conv_in.bias"}), "1 weights missing"),
     "another shape": (lambda f: rewrite(f / "unet/diffusion_pytorch_model.safetensors",
                                         lambda w: {**w, "conv_in.bias": torch.zeros(5)}), "1 of another shape"),
 }
