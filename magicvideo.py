@@ -151,7 +151,7 @@ class MagicVideo(nn.Module):
 
         Raises InputError for a file or folder that is not one, or not whole.
         """
-        if Path(path).is_dir():
+        if Path(path).is_dir() or Path(path).suffix in (".safetensors", ".ckpt"):  # the latter are refused in words
             return cls.from_stable_diffusion(path).to(device)
         return cls.from_contents(read_checkpoint(path, "magicvideo")["model"], path).to(device)
 

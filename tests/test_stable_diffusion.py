@@ -191,6 +191,8 @@ def test_a_single_file_and_a_missing_folder_are_refused(tmp_path):
     for path, words in ((tmp_path / "v1-5.safetensors", "one file"), (tmp_path / "nothing", "no such folder")):
         with pytest.raises(InputError, match=words):
             MagicVideo.from_stable_diffusion(path)
+    with pytest.raises(InputError, match="one file"):
+        MagicVideo.load(tmp_path / "v1-5.safetensors")
 
 
 def test_new_parts_alone_are_trained_and_the_optimizer_holds_nothing_else(original, tmp_path):
