@@ -139,7 +139,7 @@ class MagicVideo(nn.Module):
         """
         folder = Path(folder)
         model = cls(*read_stable_diffusion(folder, frames))
-        loaded = sum(load_part(getattr(model, ours), folder / theirs) for theirs, ours in SD_PARTS.items())
+        loaded = sum(load_part(getattr(model, part), folder / part) for part in SD_PARTS)
         new = sum(p.numel() for name, p in model.named_parameters() if is_new_part(name))
         print(f"{folder}: {loaded:,} parameters of Stable Diffusion loaded; {new:,} new ones (adaptors, temporal "
               f"attention, FPS) start with zero effect")
@@ -193,7 +193,7 @@ def config_from_dict(values: dict) -> MagicVideoConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 # Stable Diffusion's folders (the layout of diffusers)
 
-SD_PARTS = {"text_encoder": "text_encoder", "vae": "vae", "unet": "unet"}  # folder -> part of MagicVideo
+SD_PARTS = ("text_encoder", "vae", "unet")  # folders there, attributes here
 SD_SOURCE = "get a diffusers-layout Stable Diffusion 1.x folder, stable-diffusion-v1-5 for example"
 # what our modules are written for, where a config.json can say otherwise
 SD_FIXED = {

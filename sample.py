@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Reads the command line, samples every prompt, writes one clip: a grid where there are several."""
     parser = argparse.ArgumentParser(description="Samples clips from prompts; several prompts make one grid.")
     parser.add_argument("prompts", nargs="+", help='what to show; "" samples without text')
-    parser.add_argument("--checkpoint", help="a model.pt (default: the newest under runs/, else the shipped one)")
+    parser.add_argument("--checkpoint", help="a model.pt or a Stable Diffusion folder (default: the newest model "
+                                             "under runs/, else the shipped one)")
     parser.add_argument("--out", default="clip.gif", help="a .gif, .webp, .png (animated) or .mp4 (default: clip.gif)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second (default: 8)")
     parser.add_argument("--frames", type=int, help="frames of the clip: the number that the model was trained for")
