@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import ClipFolder, InputError, ShapesDataset, strip, write_image
 from diffusion import normal
 from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
+from unet3d import Level
 
 STAGES = ("vae", "image", "video")
 
@@ -48,9 +48,9 @@ class Settings:
     init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; --stage image and video need one")
     train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
-    vae_steps: int = setting(1200, "steps of stage vae")
-    image_steps: int = setting(500, "steps of stage image")
-    video_steps: int = setting(4100, "steps of stage video")
+    vae_steps: int = setting(1200, "steps of stage vae, 0 leaves it out")
+    image_steps: int = setting(500, "the same of stage image")
+    video_steps: int = setting(4100, "the same of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
@@ -62,6 +62,8 @@ class Settings:
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     shared_noise: float = setting(0.8, "in the first third of stage video, frame 1's share in the later frames' noise")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
+    precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
+    gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
     cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
     sample_every: int = setting(500, "steps between pictures in OUT/samples")
@@ -76,6 +78,7 @@ PRESET_SETTINGS = {
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
     "paper": {"shared_noise": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
+              "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
 }
 
@@ -200,12 +203,24 @@ def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
     return highest * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def warm_average(decay: float):
-    """EMA with warm-up, decay (1 + n) / (10 + n) at first: a long average would keep the noise of the first steps."""
+class MovingAverage:
+    """EMA of weights with warm-up, decay (1 + n) / (10 + n) at first: a long one would keep the noise of the start."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.parameters, self.decay, self.count = parameters, decay, 0
+        self.values = [p.detach().clone() for p in parameters]
+
     @torch.no_grad()
-    def update(averages, weights, count):
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
-    return update
+    def update(self) -> None:
+        """After a step of the optimizer."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    def swap(self) -> None:
+        """Puts the averages in the model and its weights here; called again, back. Nothing is copied."""
+        for i, p in enumerate(self.parameters):
+            p.data, self.values[i] = self.values[i], p.data
 
 
 def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
@@ -258,7 +273,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
 
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
-    steps = {"vae": s.vae_steps, "image": s.image_steps, "video": s.video_steps}[stage]
+    steps = getattr(s, f"{stage}_steps")
     highest = s.vae_lr if stage == "vae" else s.lr
     groups = trained_parts(model, stage, s)
     parameters = [p for group in groups for p in group["params"]]
@@ -267,19 +282,23 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(groups, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
-    average = AveragedModel(model, multi_avg_fn=warm_average(s.ema))
+    average = MovingAverage(parameters, s.ema)
+    for module in model.unet.modules():
+        if isinstance(module, Level):
+            module.checkpointing = s.gradient_checkpointing
     first = 0
     if resumed:
-        first = resumed["step"]
+        first = average.count = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
-        average.load_state_dict(resumed["average"])
+        average.values = [value.to(model.device) for value in resumed["average"]]
     started = time.time()
     bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True)
     with stop_signals() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate(step, steps, highest, s.warmup)
-            loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
+                loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
             if not math.isfinite(loss.item()):
                 raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
                                  f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
@@ -287,22 +306,26 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            average.update_parameters(model)
+            average.update()
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
             last = step + 1 == steps
-            if last or (step + 1) % s.sample_every == 0:
-                picture(out / "samples" / f"{stage}-{step + 1:06d}.png", average.module, clips, stage)
-            if last or stop or (step + 1) % s.save_every == 0:
+            save, show = (last or (step + 1) % every == 0 for every in (s.save_every, s.sample_every))
+            if save or stop:
                 write_checkpoint(out / "checkpoint.pt", {
-                    "format": "magicvideo-training", "settings": json.dumps(asdict(s)),
-                    "stage": stage, "step": step + 1, "model": model.contents(),
-                    "average": average.state_dict(), "optimizer": optimizer.state_dict()})
-                average.module.save(out / "model.pt")
+                    "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
+                    "step": step + 1, "model": model.contents(), "average": average.values,
+                    "optimizer": optimizer.state_dict()})
+            average.swap()
+            if save or stop:
+                model.save(out / "model.pt")
+            if show:
+                picture(out / "samples" / f"{stage}-{step + 1:06d}.png", model, clips, stage)
+            average.swap()
             if stop:
                 raise KeyboardInterrupt
-    model.load_state_dict(average.module.state_dict())
+    average.swap()
     if stage == "vae" and not model.config.pretrained:
         model.config.vae.scaling_factor = measure_scaling(model, clips, s)
 
@@ -315,7 +338,8 @@ def read_flags(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The command line -> (--out, --resume, --device) and the settings that were given, by name."""
     parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags every stage, on shapes.")
     for f in fields(Settings):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
     parser.add_argument("--out", help="folder of the run (default: runs/shapes, runs/shapes-2, ..., a new one)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -330,6 +354,8 @@ def check(s: Settings) -> None:
         raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
     if s.stage not in ("", *STAGES):
         raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(STAGES)}, or none for all')
+    if s.precision not in ("fp32", "bf16"):
+        raise InputError(f'--precision "{s.precision}": use fp32 or bf16')
     if s.train not in ("all", "new"):
         raise InputError(f'--train "{s.train}": use all or new')
     if s.train == "new" and s.stage != "video":
@@ -401,6 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = model.to(device).train()
 
     stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
+    stages = [stage for stage in stages if getattr(s, f"{stage}_steps")]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
         print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -292,7 +293,13 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution: image parts and, in parallel lists, what the video model adds to each of them."""
+    """The layers of one resolution: image parts and, in parallel lists, what the video model adds to each of them.
+
+    With `checkpointing` what a layer computed inside is not kept but made again on the way back: much less memory, a
+    third more time, the same gradients.
+    """
+
+    checkpointing = False
 
     def __init__(self, inputs: list[int], c: int, attentions: int, config: UNetConfig):
         super().__init__()
@@ -304,6 +311,12 @@ class Level(nn.Module):
         self.attention_adaptors = nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(attentions))
         self.temporal_attentions = nn.ModuleList(
             DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions))
+
+    def run(self, i: int, *inputs) -> Tensor:
+        """Layer i, checkpointed where that is asked for."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.layer, i, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.layer(i, *inputs)
 
     def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
         """Resnet i and, where there is one, the ST block i (paper, figure of the 3D U-Net)."""
@@ -317,7 +330,7 @@ class Level(nn.Module):
 
     def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
         for i in range(len(self.resnets)):
-            z = self.layer(i, z, emb, context, video)
+            z = self.run(i, z, emb, context, video)
         return z
 
 
@@ -331,7 +344,7 @@ class DownLevel(Level):
 
     def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            z = self.layer(i, z, emb, context, video)
+            z = self.run(i, z, emb, context, video)
             skips.append(z)
         for downsample, adaptor in zip(self.downsamplers, self.downsampler_adaptors):
             z = per_frame(downsample, z)  # (b, f, c, h/2, w/2)
@@ -350,7 +363,7 @@ class UpLevel(Level):
 
     def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            z = self.layer(i, torch.cat([z, skips.pop()], dim=2), emb, context, video)
+            z = self.run(i, torch.cat([z, skips.pop()], dim=2), emb, context, video)
         for upsample, adaptor in zip(self.upsamplers, self.upsampler_adaptors):
             z = per_frame(upsample, z)  # (b, f, c, 2h, 2w)
             z = adaptor(z) if video else z

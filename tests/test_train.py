@@ -15,10 +15,11 @@ import torch
 
 import train
 from clip_text import CLIPTextConfig
+from conftest import randn, shaken
 from data import InputError, ShapesDataset, write_clip
 from diffusion import Diffusion, DiffusionConfig
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
-from unet3d import UNet3D, UNetConfig
+from unet3d import Level, UNet3D, UNetConfig
 from vae import VAEConfig
 
 ROOT = Path(__file__).parent.parent
@@ -144,14 +145,60 @@ def test_every_item_is_seen_once_an_epoch_in_a_new_order():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_the_moving_average_warms_up():
-    average = train.warm_average(0.999)
-    kept = torch.zeros(1)
-    average([kept], [torch.ones(1)], torch.tensor(1))
-    assert kept.item() == pytest.approx(1 - 2 / 11)  # not 0.001: the first weights are forgotten at once
-    kept = torch.zeros(1)
-    average([kept], [torch.ones(1)], torch.tensor(10**6))
-    assert kept.item() == pytest.approx(0.001, rel=1e-3)
+def test_the_moving_average_warms_up_and_changes_places_with_the_weights():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = train.MovingAverage([weight], 0.999)
+    weight.data.fill_(1)
+    average.update()
+    assert average.values[0].item() == pytest.approx(1 - 2 / 11)  # not 0.001: the first weights are forgotten at once
+    average.swap()
+    assert weight.item() == pytest.approx(9 / 11) and average.values[0].item() == 1
+    average.swap()
+    assert weight.item() == 1
+    average.values, average.count = [torch.zeros(1)], 10**6
+    average.update()
+    assert average.values[0].item() == pytest.approx(0.001, rel=1e-3)
+
+
+def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32():
+    for precision in ("fp32", "bf16"):
+        train.main([*SHORT, "--out", precision, "--precision", precision])
+    one, other = weights("fp32/model.pt"), weights("bf16/model.pt")
+    assert {p.dtype for p in other.values()} == {torch.float32}
+    assert not equal(one, other)
+    assert max((one[key] - other[key]).abs().max().item() for key in one) < 0.02  # lr 2.5e-3, x 5 for new parts, 2 steps
+
+
+def test_gradient_checkpointing_gives_equal_gradients():
+    torch.manual_seed(0)
+    unet, gradients = shaken(UNet3D(PRESETS["tiny"].unet)), []
+    inputs = randn(2, 4, 4, 4, 4), torch.tensor([7, 900]), randn(2, 5, 32), torch.tensor([8.0, 12.0])
+    for asked in (False, True):
+        for module in unet.modules():
+            if isinstance(module, Level):
+                module.checkpointing = asked
+        unet.zero_grad()
+        unet(*inputs).square().mean().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
+
+
+def test_gradient_checkpointing_is_asked_for_by_its_flag_and_keeps_less(monkeypatch):
+    kept = {}
+    step = train.unet_loss
+
+    def counted(*arguments):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = step(*arguments)
+        kept.setdefault(out, []).append(sum(sizes))
+        return loss
+
+    monkeypatch.setattr(train, "unet_loss", counted)
+    for out, flag in (("kept", "--no-gradient-checkpointing"), ("again", "--gradient-checkpointing")):
+        train.main([*SHORT, "--out", out, flag])
+    assert kept["again"][-1] < 0.5 * kept["kept"][-1]
+    assert equal(weights("kept/model.pt"), weights("again/model.pt"))
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
