@@ -123,7 +123,8 @@ class MagicVideo(nn.Module):
         rate = None if fps is None else torch.full((len(prompts),), float(fps), device=self.device)
         latents = self.diffusion.sample(
             self.unet, shape, context, uncond, rate, sampler, steps, guidance, eta, generators, progress)
-        return self.vae.decode(latents).clamp(-1, 1)
+        # clip by clip: at 16 x 256 x 256 the decoder needs gigabytes for each
+        return torch.cat([self.vae.decode(z).clamp(-1, 1) for z in latents.split(1)])
 
     def save(self, path: str | Path) -> None:
         """Writes weights, sizes and tokenizer to one file; the old file stays whole until the new one is."""

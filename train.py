@@ -66,7 +66,7 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
     cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
     save_every: int = setting(500, "steps between checkpoints")
-    sample_every: int = setting(500, "steps between pictures in OUT/samples")
+    sample_every: int = setting(500, "steps between pictures in OUT/samples; 0 = none")
     seed: int = setting(0, "of weights, data and noise")
 
 
@@ -302,16 +302,17 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             if not math.isfinite(loss.item()):
                 raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
                                  f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
-            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            optimizer.zero_grad()
             average.update()
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
             last = step + 1 == steps
-            save, show = (last or (step + 1) % every == 0 for every in (s.save_every, s.sample_every))
+            save = last or (step + 1) % s.save_every == 0
+            show = s.sample_every and (last or (step + 1) % s.sample_every == 0)
             if save or stop:
                 write_checkpoint(out / "checkpoint.pt", {
                     "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
@@ -362,7 +363,7 @@ def check(s: Settings) -> None:
         raise InputError("--train new: the image stage has no new parts; add --stage video")
     if s.stage in ("image", "video") and not s.init_from:
         raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
-    at_least_one = ("batch_size", "vae_batch_size", "save_every", "sample_every")
+    at_least_one = ("batch_size", "vae_batch_size", "save_every")
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
         least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout", "shared_noise") else 2**62
@@ -407,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(s.seed)
     model = None
     if resumed:
-        model = MagicVideo.from_contents(resumed["model"], out / "checkpoint.pt")
+        model = MagicVideo.from_contents(resumed.pop("model"), out / "checkpoint.pt")
     elif s.init_from:
         folder = Path(s.init_from).is_dir()
         model = (MagicVideo.from_stable_diffusion(s.init_from, s.frames or 16) if folder
