@@ -69,6 +69,10 @@ class Settings:
     sample_every: int = setting(500, "steps between pictures in OUT/samples; 0 = none")
     seed: int = setting(0, "of weights, data and noise")
 
+    def steps(self, stage: str) -> int:
+        """Of a stage."""
+        return {"vae": self.vae_steps, "image": self.image_steps, "video": self.video_steps}[stage]
+
 
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
@@ -273,7 +277,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
 
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
-    steps = getattr(s, f"{stage}_steps")
+    steps = s.steps(stage)
     highest = s.vae_lr if stage == "vae" else s.lr
     groups = trained_parts(model, stage, s)
     parameters = [p for group in groups for p in group["params"]]
@@ -428,7 +432,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = model.to(device).train()
 
     stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
-    stages = [stage for stage in stages if getattr(s, f"{stage}_steps")]
+    stages = [stage for stage in stages if s.steps(stage)]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
         print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")

@@ -183,6 +183,31 @@ def test_gradient_checkpointing_gives_equal_gradients():
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
+def test_the_papers_sizes_take_a_step_of_two_frames():
+    """The new parts alone, in 6 GB; all weights need 21 GB (`train.py --preset paper --frames 2`, see README)."""
+    if not hasattr(os, "sysconf") or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10e9:
+        pytest.skip("less than 10 GB of memory are free: the paper's sizes would not fit")
+    model, torch_threads = MagicVideo.from_preset("paper", frames=2), torch.get_num_threads()
+    s = train.Settings(**{**train.PRESET_SETTINGS["paper"], "train": "new", "stage": "video"})
+    parameters = [p for group in train.trained_parts(model, "video", s) for p in group["params"]]
+    model.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    for module in model.unet.modules():
+        if isinstance(module, Level):
+            module.checkpointing = s.gradient_checkpointing
+    torch.set_num_threads(os.cpu_count())
+    try:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = train.unet_loss(model, ShapesDataset("train", 2, 256), 0, s, "video")
+        loss.backward()
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert math.isfinite(loss.item()) and sum(p.numel() for p in parameters) == 51_883_856
+    torch.optim.AdamW(parameters, lr=1e-4).step()
+    assert all(p.isfinite().all() for p in parameters)
+
+
 def test_gradient_checkpointing_is_asked_for_by_its_flag_and_keeps_less(monkeypatch):
     kept = {}
     step = train.unet_loss

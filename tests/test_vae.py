@@ -165,21 +165,23 @@ def diffusers_vae(config):
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [TINY, dict(channels=(8, 12, 16, 16), layers=2, groups=4, latent_channels=3)])
 @pytest.mark.parametrize("new", [dict(temporal_attention=False), dict(temporal_conv=True)])
-def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights(sizes, new):
+@pytest.mark.parametrize("dtype, within", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights(sizes, new, dtype, within):
     config = VAEConfig(**sizes, **new)
-    theirs, ours = shaken(diffusers_vae(config)), image_started(config, seed=1)
-    theirs.quant_conv.weight *= 100                         # log-variances on both sides of the clamp
+    theirs, ours = shaken(diffusers_vae(config)).to(dtype), image_started(config, seed=1).to(dtype)
+    if dtype == torch.float64:                              # in float32 1e-5 is for numbers of about one
+        theirs.quant_conv.weight *= 100                     # log-variances on both sides of the clamp
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not unexpected and set(missing) == {name for name in ours.state_dict() if is_new(name)}
 
-    video = randn(2, 3, 3, 16, 24)
+    video = randn(2, 3, 3, 16, 24).to(dtype)
     mean, logvar = ours.encode(video)
-    assert logvar.min() == -30 and logvar.max() == 20
+    assert dtype == torch.float32 or logvar.min() == -30 and logvar.max() == 20
     for i in range(3):
         posterior = theirs.encode(video[:, i]).latent_dist
-        assert close(mean[:, i], posterior.mean, 1e-9)
-        assert close(logvar[:, i], posterior.logvar, 1e-9)
-        assert close(ours.decode(mean * 0.18215)[:, i], theirs.decode(posterior.mean).sample, 1e-9)
+        assert close(mean[:, i], posterior.mean, within)
+        assert close(logvar[:, i], posterior.logvar, within)
+        assert close(ours.decode(mean * 0.18215)[:, i], theirs.decode(posterior.mean).sample, within)
 
 
 @pytest.fixture(scope="module")
