@@ -21,8 +21,7 @@ class DiffusionConfig:
     beta_end: float = 0.012
     zero_terminal_snr: bool = False  # whether z_T is pure noise (Lin et al. 2023); SD leaves 0.07 z_0 in it
     prediction: str = "epsilon"  # what the network returns: "epsilon" (paper) or "v_prediction"
-    time_shift: float = 1.0  # above 1, noisy steps are trained more often (Esser et al. 2024); 1 = uniform (paper)
-    eta: float = 0.0  # noise of the DDIM sampler where none is asked for: 0 = deterministic (SD), 1 = as noisy as DDPM
+    frame_lag: int = 0  # steps by which each frame is noisier than the one before it (ours); 0 = all alike (paper)
     guidance_power: float = 0.0  # guidance falls towards 1 as (t / T)^power, for small models (ours); 0 = constant (SD)
     guidance_rescale: float = 0.0  # how far guided outputs are brought back to their spread (Lin et al. 2023); 0 = SD
 
@@ -48,37 +47,59 @@ class Diffusion:
             root = self.alphas_cumprod.sqrt()
             self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
-    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of steps t (b,), shaped to multiply `like` (b, ...)."""
-        alpha = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (like.ndim - 1))
+    def alpha_bar(self, t: Tensor | int, like: Tensor, done: float | None = None) -> Tensor:
+        """alpha_bar of steps t, one or (b,) or (b, f), in float64, shaped to multiply `like` (b, f, ...).
+
+        Below step 0 it is `done`, by default that of step 0 (matches SD).
+        """
+        t = torch.as_tensor(t).cpu()
+        alpha = self.alphas_cumprod[t.clamp(min=0)]
+        alpha = alpha if done is None else torch.where(t < 0, done, alpha)
+        return alpha.view(*alpha.shape, *[1] * (like.ndim - alpha.ndim)).to(like.device)
+
+    def coefficients(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of steps t, one or (b,) or (b, f), shaped to multiply `like`."""
+        alpha = self.alpha_bar(t, like)
         return alpha.sqrt().to(like), (1 - alpha).sqrt().to(like)
 
+    def frame_steps(self, t: Tensor, frames: int, fps: Tensor | None) -> Tensor:
+        """Step t (b,) of a clip -> the steps of its frames (b, f), below 0 where a frame is done; t itself without lag.
+
+        A causal frame cannot give way to a later one: where all are equally noisy, each settles for a place of its own
+        and the object jumps. With a lag, frames settle in turn, and each sees those before it more clearly than
+        itself (ours, in the spirit of AR-Diffusion, Wu et al. 2023).
+        """
+        lag, last = self.config.frame_lag, self.config.steps - 1
+        if not lag or fps is None:
+            return t
+        # 0 .. T-1 is stretched over 0 .. T-1 + lag (f - 1); frame i is lag (f - i) steps ahead of the last one
+        stretched = t + t * lag * (frames - 1) // last
+        return (stretched[:, None] - lag * torch.arange(frames - 1, -1, -1)).clamp(max=last)
+
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) -> z_t (b, f, c, h, w)."""
+        """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) or (b, f) -> z_t (b, f, c, h, w)."""
         # z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
         signal, noise = self.coefficients(t, z0)
         return signal * z0 + noise * eps
 
     def loss(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
-             generator: torch.Generator | None = None, shared: float = 0.0) -> Tensor:
+             generator: torch.Generator | None = None) -> Tensor:
         """|| eps - eps_hat(z_t, t, context, fps) ||^2, t uniform in [0, T), averaged over everything (paper §3.2).
 
         z0 (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model -> scalar. With "v_prediction" the
-        network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022), and a
-        `time_shift` above 1 prefers noisy steps, where places and motion are decided. `shared` is the share of frame
-        1's noise in that of the later frames, after Ge et al. 2023; each frame's noise stays N(0, I). Both are ours.
+        network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022); with a
+        `frame_lag`, frames that are done are left out (both ours).
         """
-        u, shift = torch.rand(len(z0), generator=generator), self.config.time_shift
-        t = (self.config.steps * shift * u / (1 + (shift - 1) * u)).long().clamp(max=self.config.steps - 1)  # (b,)
+        t = torch.randint(self.config.steps, (len(z0),), generator=generator)  # (b,)
+        t = self.frame_steps(t, z0.shape[1], fps)  # (b,) or (b, f)
+        going, t = t >= 0, t.clamp(min=0)
         eps = normal(z0.shape, generator).to(z0)
-        # eps_i = sqrt(share) eps_1 + sqrt(1 - share) eps_i
-        eps[:, 1:] = shared**0.5 * eps[:, :1] + (1 - shared) ** 0.5 * eps[:, 1:]
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
         if self.config.prediction == "v_prediction":
             signal, noise = self.coefficients(t, z0)
             target = signal * eps - noise * z0
-        return (predicted.float() - target.float()).square().mean()
+        return (predicted.float() - target.float()).square()[going.to(z0.device)].mean()
 
     @torch.no_grad()
     def sample(self, model: Callable, shape: tuple[int, ...], context: Tensor, uncond: Tensor, fps: Tensor | None,
@@ -97,12 +118,16 @@ class Diffusion:
             raise ValueError(f"eta {eta}: give 0 to 1")
         z, visited = normal(shape, generator).to(context), self.timesteps(steps)
         for t, previous in progress(list(zip(visited, [*visited[1:], -1]))):
+            t, previous = (self.frame_steps(torch.full(shape[:1], n), shape[1], fps) for n in (t, previous))
             output = self.guided(model, z, t, context, uncond, fps, guidance)
             eps = normal(shape, generator).to(z) if (sampler == "ddpm" or eta > 0) else torch.zeros_like(z)
             if sampler == "ddim":
-                z = self.ddim_step(z, output, t, previous, eta, eps)
+                stepped = self.ddim_step(z, output, t, previous, eta, eps)
             else:
-                z = self.ddpm_step(z, output, t, previous, eps)
+                stepped = self.ddpm_step(z, output, t, previous, eps)
+            # frames that are done, or whose turn has not come, stay as they are
+            moves = ((previous < t) & (t >= 0)).view(*t.shape, *[1] * (z.ndim - t.ndim))
+            z = torch.where(moves.to(z.device), stepped, z)
         return z
 
     def timesteps(self, steps: int) -> list[int]:
@@ -114,54 +139,59 @@ class Diffusion:
         offset = 1 if (steps - 1) * stride + 1 < total else 0  # all 1000 steps: 999 .. 0, there is no step 1000
         return [i * stride + offset for i in reversed(range(steps))]
 
-    def guided(self, model: Callable, z: Tensor, t: int, context: Tensor, uncond: Tensor, fps: Tensor | None,
+    def guided(self, model: Callable, z: Tensor, t: Tensor | int, context: Tensor, uncond: Tensor, fps: Tensor | None,
                guidance: float) -> Tensor:
         """Classifier-free guidance: the network's output pushed away from the one without text, shape of z."""
-        if self.config.guidance_power:  # text settles place and motion first; pushed on, edges and colors overshoot
-            guidance = 1 + (guidance - 1) * (t / self.config.steps) ** self.config.guidance_power
-        t = torch.full((len(z),), t, device=z.device)
+        t = torch.as_tensor(t).clamp(min=0)
+        t = (t if t.ndim else t.expand(len(z))).to(z.device)  # (b,) or (b, f)
         if guidance == 1:
             return model(z, t, context, fps)
+        if self.config.guidance_power:  # text settles place and motion first; pushed on, edges and colors overshoot
+            falling = (t / self.config.steps) ** self.config.guidance_power
+            guidance = 1 + (guidance - 1) * falling.view(*t.shape, *[1] * (z.ndim - t.ndim)).to(z)
         # both halves in one batch: uncond + s (cond - uncond)
         both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([uncond, context]),
                      None if fps is None else torch.cat([fps, fps]))
         without, given = both.chunk(2)
         guided = without + guidance * (given - without)
         if self.config.guidance_rescale:
-            # far from both, its values grow too large: give each clip back the spread it has without guidance
-            dims = tuple(range(1, z.ndim))
+            # far from both, its values grow too large: give each clip (or frame, where each has a step of its own)
+            # back the spread it has without guidance
+            dims = tuple(range(t.ndim, z.ndim))
             spread = given.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
             guided = guided * (1 + self.config.guidance_rescale * (spread - 1))
         return guided
 
-    def split(self, z: Tensor, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def split(self, z: Tensor, output: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """What the network's output at step t says of z_t: (z_0_hat, eps_hat), each of z's shape."""
-        signal, noise = self.alphas_cumprod[t].sqrt().item(), (1 - self.alphas_cumprod[t]).sqrt().item()
+        signal, noise = self.coefficients(t, z)
         if self.config.prediction == "v_prediction":
             return signal * z - noise * output, signal * output + noise * z
         # z_0_hat = (z_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t)
         return (z - noise * output) / signal, output
 
-    def ddim_step(self, z: Tensor, output: Tensor, t: int, previous: int, eta: float, eps: Tensor) -> Tensor:
+    def ddim_step(self, z: Tensor, output: Tensor, t: Tensor | int, previous: Tensor | int, eta: float,
+                  eps: Tensor) -> Tensor:
         """z_t -> z_previous (DDIM, Song et al. 2021, eq. 12); below step 0 alpha_bar is that of step 0 (matches SD)."""
-        alpha, alpha_previous = self.alphas_cumprod[t].item(), self.alphas_cumprod[max(previous, 0)].item()
+        alpha, alpha_previous = self.alpha_bar(t, z), self.alpha_bar(previous, z)
         z0_hat, eps_hat = self.split(z, output, t)
         # sigma^2 = eta^2 (1 - alpha_bar_prev) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_prev)
         variance = eta**2 * (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
         # z_prev = sqrt(alpha_bar_prev) z_0_hat + sqrt(1 - alpha_bar_prev - sigma^2) eps_hat + sigma eps
-        return alpha_previous**0.5 * z0_hat + (1 - alpha_previous - variance) ** 0.5 * eps_hat + variance**0.5 * eps
+        signal, noise, sigma = (x.sqrt().to(z) for x in (alpha_previous, 1 - alpha_previous - variance, variance))
+        return signal * z0_hat + noise * eps_hat + sigma * eps
 
-    def ddpm_step(self, z: Tensor, output: Tensor, t: int, previous: int, eps: Tensor) -> Tensor:
+    def ddpm_step(self, z: Tensor, output: Tensor, t: Tensor | int, previous: Tensor | int, eps: Tensor) -> Tensor:
         """z_t -> z_previous, a draw from q(z_prev | z_t, z_0_hat) (DDPM, Ho et al. 2020, eq. 7; matches SD)."""
-        alpha = self.alphas_cumprod[t].item()
-        alpha_previous = self.alphas_cumprod[previous].item() if previous >= 0 else 1.0
+        alpha, alpha_previous = self.alpha_bar(t, z), self.alpha_bar(previous, z, done=1.0)
         beta = 1 - alpha / alpha_previous  # of the whole stride from previous to t
         z0_hat, _ = self.split(z, output, t)
         # mean = sqrt(alpha_bar_prev) beta / (1 - alpha_bar) z_0_hat
         #      + sqrt(alpha_bar / alpha_bar_prev) (1 - alpha_bar_prev) / (1 - alpha_bar) z_t
-        mean = (alpha_previous**0.5 * beta * z0_hat + (1 - beta) ** 0.5 * (1 - alpha_previous) * z) / (1 - alpha)
+        of_z0, of_z = alpha_previous.sqrt() * beta / (1 - alpha), (1 - beta).sqrt() * (1 - alpha_previous) / (1 - alpha)
         # variance = (1 - alpha_bar_prev) / (1 - alpha_bar) beta
-        return mean + ((1 - alpha_previous) / (1 - alpha) * beta) ** 0.5 * eps
+        sigma = ((1 - alpha_previous) / (1 - alpha) * beta).sqrt()
+        return of_z0.to(z) * z0_hat + of_z.to(z) * z + sigma.to(z) * eps
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -43,7 +43,7 @@ PRESETS = {
         vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
         unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=4, groups=8, context_width=96,
                         frames=8),
-        diffusion=DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction", time_shift=2.0, eta=1.0,
+        diffusion=DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction", frame_lag=100,
                                   guidance_power=2.0, guidance_rescale=1.0),
     ),
     # one GPU, from scratch on people's own clips: 16 frames of 128 x 128
@@ -95,12 +95,12 @@ class MagicVideo(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50, guidance: float = 7.5,
-               sampler: str = "ddim", seed: int = 0, eta: float | None = None, frames: int | None = None,
+               sampler: str = "ddim", seed: int = 0, eta: float = 0.0, frames: int | None = None,
                progress: Callable = lambda steps: steps) -> Tensor:
         """Prompts -> clips (b, f, 3, h, w) in [-1, 1] (paper §3; sampler, steps and guidance are SD's).
 
         Clip i is drawn with seed + i, so it is the same alone or in a batch. Without fps the image model draws single
-        pictures (b, 1, 3, h, w); without eta the preset's own is taken. `progress` wraps the list of steps.
+        pictures (b, 1, 3, h, w). `progress` wraps the list of steps.
         Raises InputError for values out of range, and for a number of frames that the adaptors were not trained for.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -108,7 +108,7 @@ class MagicVideo(nn.Module):
         if frames not in (None, trained):
             raise InputError(f"--frames {frames}: this model makes {trained} frames, since its adaptors hold one scale "
                              f"and shift for each frame (paper §3.2.1); leave it out, or train with --frames {frames}")
-        eta, most = self.config.diffusion.eta if eta is None else eta, self.config.diffusion.steps
+        most = self.config.diffusion.steps
         ranges = {"--fps": (8 if fps is None else fps, 0.1, 1000), "--steps": (steps, 1, most),
                   "--guidance": (guidance, -1000, 1000), "--eta": (eta, 0, 1), "--seed": (seed, 0, 2**62)}
         for flag, (value, low, high) in ranges.items():

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (default: 50)")
     parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text (default: 7.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
-    parser.add_argument("--eta", type=float, help="noise of the ddim sampler, 0 to 1 (default: the preset's)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt i takes seed + i (default: 0)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     flags = parser.parse_args(arguments)

@@ -60,7 +60,6 @@ class Settings:
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
-    shared_noise: float = setting(0.8, "in the first third of stage video, frame 1's share in the later frames' noise")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
     gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
@@ -77,10 +76,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"shared_noise": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"shared_noise": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
@@ -172,9 +171,7 @@ def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: 
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
-    # frames with mostly the same noise show plainly how they differ: motion, and the words for it, are learned first
-    shared = s.shared_noise if stage == "video" and step < s.video_steps / 3 else 0.0
-    return model.diffusion.loss(model.unet, z0, context, rate, generator, shared)
+    return model.diffusion.loss(model.unet, z0, context, rate, generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,7 +367,7 @@ def check(s: Settings) -> None:
     at_least_one = ("batch_size", "vae_batch_size", "save_every")
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
-        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout", "shared_noise") else 2**62
+        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62
         if f.type is not str and not least <= value <= most:
             raise InputError(f"{flag} {value}: must be at least {least}{' and at most 1' if most == 1 else ''}")
 

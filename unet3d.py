@@ -171,10 +171,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, z: Tensor, emb: Tensor, adaptors: nn.ModuleList | None) -> Tensor:
-        """z (b, f, c_in, h, w), emb (b, 4c), one adaptor per convolution or None (image) -> (b, f, c_out, h, w)."""
+        """z (b, f, c_in, h, w), emb (b, 1 or f, 4c), an adaptor a convolution or None (image) -> (b, f, c_out, h, w)."""
         x = per_frame(self.conv1, F.silu(per_frame(self.norm1, z)))  # (b, f, c_out, h, w)
         x = adaptors[0](x) if adaptors else x
-        x = x + self.time_emb_proj(F.silu(emb))[:, None, :, None, None]
+        x = x + self.time_emb_proj(F.silu(emb))[..., None, None]
         x = per_frame(self.conv2, F.silu(per_frame(self.norm2, x)))
         x = adaptors[1](x) if adaptors else x
         return x + (per_frame(self.conv_shortcut, z) if self.conv_shortcut else z)
@@ -373,6 +373,8 @@ class UpLevel(Level):
 class UNet3D(nn.Module):
     """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (b, f, c, h, w).
 
+    Where frames are not equally noisy, t is (b, f).
+
     Without fps it is the image model: each frame by itself, any number of them, no new part used (training stage
     "image"). GroupNorm sees one frame at a time, so with strict masks the whole network is causal in the frames.
     """
@@ -408,9 +410,9 @@ class UNet3D(nn.Module):
         video, factor = fps is not None, 2 ** (len(self.down_blocks) - 1)
         if z.shape[-2] % factor or z.shape[-1] % factor:
             raise ValueError(f"latents of {z.shape[-2]} x {z.shape[-1]} given: both must be multiples of {factor}")
-        emb = self.time_embedding(t)  # (b, 4c)
+        emb = self.time_embedding(t.flatten()).unflatten(0, (len(t), -1))  # (b, 1 or f, 4c)
         if video:
-            emb = emb + self.fps_embedding(fps)
+            emb = emb + self.fps_embedding(fps)[:, None]
         z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
         z = self.conv_in_adaptor(z) if video else z
         skips = [z]
