@@ -147,7 +147,7 @@ class Diffusion:
         if guidance == 1:
             return model(z, t, context, fps)
         if self.config.guidance_power:  # text settles place and motion first; pushed on, edges and colors overshoot
-            falling = (t / self.config.steps) ** self.config.guidance_power
+            falling = (t.cpu().double() / self.config.steps) ** self.config.guidance_power
             guidance = 1 + (guidance - 1) * falling.view(*t.shape, *[1] * (z.ndim - t.ndim)).to(z)
         # both halves in one batch: uncond + s (cond - uncond)
         both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([uncond, context]),

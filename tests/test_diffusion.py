@@ -147,27 +147,59 @@ def test_eps_is_refused_where_the_last_step_holds_no_signal():
         Diffusion(DiffusionConfig(zero_terminal_snr=True))
 
 
-def test_a_time_shift_of_s_makes_the_step_at_part_u_of_the_way_s_u_over_1_plus_s_minus_1_u():
-    calls = []
-    z0, context = torch.zeros(20_000, 1, 1, 1, 1), torch.zeros(20_000, 1, 1)
-    Diffusion(DiffusionConfig(time_shift=3.0)).loss(recorded(lambda z, t, *rest: z, calls), z0, context, None, seeded())
-    t = calls[0][1]
-    assert t.min() >= 0 and t.max() == 999
-    for u in (0.25, 0.5, 0.75):
-        assert t.double().quantile(u).item() == pytest.approx(1000 * 3 * u / (1 + 2 * u), abs=15)
+LAGGED = DiffusionConfig(prediction="v_prediction", zero_terminal_snr=True, frame_lag=100)
 
 
-def test_shared_noise_correlates_later_frames_with_the_first_and_leaves_every_frame_normal():
-    calls, z0 = [], torch.zeros(2, 4, 4, 100, 100)
-    process = Diffusion()
-    process.loss(recorded(lambda z, t, *rest: z, calls), z0, torch.zeros(2, 1, 1), None, seeded(), shared=0.64)
-    ((z, t, *_),) = calls
-    frames = (z / process.coefficients(t, z)[1]).double().transpose(0, 1).flatten(1)        # eps (f, 80_000)
-    expected = torch.full((4, 4), 0.64).double()
-    expected[0] = expected[:, 0] = 0.8
-    expected.fill_diagonal_(1)
-    assert close(frames @ frames.T / frames.shape[1], expected, 0.02)
-    assert frames.mean(1).abs().max() < 0.02
+def test_with_a_lag_each_frame_is_that_many_steps_noisier_than_the_one_before_and_all_begin_and_end_alike():
+    process, t = Diffusion(LAGGED), torch.arange(1000)
+    steps = process.frame_steps(t, 4, FPS)                                                 # (1000, 4)
+    assert (steps[-1] == 999).all() and (steps[0] <= 0).all() and (process.frame_steps(t[:1] - 1, 4, FPS) < 0).all()
+    between = (steps[:, 1:] < 999) & (steps[:, :-1] >= 0)
+    assert between.any() and (steps.diff(dim=1)[between] == 100).all()
+    assert (steps.diff(dim=0) >= 0).all() and steps.max() == 999
+    for i in range(4):
+        assert set(steps[:, i].clamp(min=0).tolist()) <= set(range(1000)) and steps[:, i].unique().numel() > 700
+
+
+def test_without_a_lag_or_without_fps_a_clip_has_one_step():
+    t = torch.tensor([0, 500, 999])
+    assert Diffusion().frame_steps(t, 4, FPS) is t and Diffusion(LAGGED).frame_steps(t, 4, None) is t
+
+
+def test_with_a_lag_frames_that_are_done_are_left_out_of_the_loss():
+    process, seen = Diffusion(LAGGED), []
+
+    def model(z, t, context, fps):
+        seen.append(t)
+        return z * 0 + torch.where(t == 0, 1e6, 0.0).view(*t.shape, 1, 1, 1)               # absurd where done
+
+    z0 = torch.zeros(200, 4, 1, 2, 2, dtype=torch.float64)
+    loss = process.loss(model, z0, torch.zeros(200, 1, 1), torch.ones(200), seeded())
+    done = (seen[0] == 0).double().mean()
+    assert 0.05 < done < 0.2 and loss < 1e12 * 0.01                                        # t = 0 itself is not done
+    assert Diffusion(LAGGED).loss(oracle(process, z0), z0, torch.zeros(200, 1, 1), torch.ones(200), seeded()) < 1e-12
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+@pytest.mark.parametrize("steps", [10, 50, 1000])
+def test_with_a_lag_an_oracle_is_followed_from_pure_noise_frame_after_frame(sampler, eta, steps):
+    process, z0, seen = Diffusion(LAGGED), randn(3, 5, 2, 4, 4), []
+
+    def model(z, t, context, fps):
+        seen.append((z.clone(), t))
+        signal, noise = process.coefficients(t, z)
+        return signal * (z - signal * z0) / noise - noise * z0
+
+    context = torch.zeros(3, 1, 1, dtype=torch.float64)
+    end = process.sample(model, z0.shape, context, context, FPS, sampler, steps, 1, eta, seeded())
+    # DDIM ends at step 0, where a thousandth of the variance is still noise (matches SD)
+    assert close(end, z0, 1e-9 if sampler == "ddpm" else 0.2) and (end - z0).std() < 0.05
+    for (z, t), (later, next_t) in zip(seen, seen[1:]):
+        waits, moves = ((same & (t > 0)).view(3, 5, 1, 1, 1).expand_as(z) for same in (t == next_t, t != next_t))
+        assert torch.equal(z[waits], later[waits]) and (z[moves] != later[moves]).all()
+    (_, t), (z, next_t) = seen[-2:]
+    done = (next_t == 0) & (t == 0)                                                        # some steps before the end
+    assert torch.equal(z[done], end[done]) and done.any()
 
 
 def test_the_same_seed_gives_the_same_loss():

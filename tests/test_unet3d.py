@@ -63,6 +63,16 @@ def test_without_fps_every_frame_is_an_image_by_itself(unet, clips):
 
 
 @torch.no_grad()
+def test_with_a_step_for_each_frame_every_frame_is_the_image_model_at_its_own(clips):
+    z, _, context, fps = clips
+    t, unet = torch.randint(1000, (2, FRAMES), generator=torch.Generator().manual_seed(0)), image_started(
+        UNetConfig(**TINY))
+    alone = torch.cat([unet(z[:, i : i + 1], t[:, i], context) for i in range(FRAMES)], 1)
+    assert close(unet(z, t, context, fps), alone, 1e-12)
+    assert close(unet(z, t[:, :1].expand(2, FRAMES), context, fps), unet(z, t[:, 0], context, fps), 1e-12)
+
+
+@torch.no_grad()
 def test_the_image_model_takes_any_number_of_frames(unet, clips):
     _, t, context, _ = clips
     for frames in (1, FRAMES - 1, FRAMES + 3):
@@ -214,7 +224,7 @@ def test_spatial_and_temporal_attention_read_the_same_tensor_and_their_outputs_a
         assert z is same
 
     calls.clear()
-    summed = unet.mid_block.layer(0, randn(2, FRAMES, 16, 2, 3), randn(2, 32), clips[2], video=True)
+    summed = unet.mid_block.layer(0, randn(2, FRAMES, 16, 2, 3), randn(2, 1, 32), clips[2], video=True)
     for hook in hooks:
         hook.remove()
     assert torch.equal(summed, calls[0][2] + calls[1][2])
