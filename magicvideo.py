@@ -126,9 +126,16 @@ class MagicVideo(nn.Module):
         # clip by clip: at 16 x 256 x 256 the decoder needs gigabytes for each
         return torch.cat([self.vae.decode(z).clamp(-1, 1) for z in latents.split(1)])
 
-    def save(self, path: str | Path) -> None:
-        """Writes weights, sizes and tokenizer to one file; the old file stays whole until the new one is."""
-        write_checkpoint(path, {"format": "magicvideo", "model": self.contents()})
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, made_by: str = "") -> None:
+        """Writes weights, sizes and tokenizer to one file; the old file stays whole until the new one is.
+
+        float16 as `dtype` halves the file, and `load` makes float32 of it again; `made_by` says how the model came to
+        be and is kept beside it.
+        """
+        contents = self.contents()
+        if dtype:
+            contents["weights"] = {name: weight.to(dtype) for name, weight in contents["weights"].items()}
+        write_checkpoint(path, {"format": "magicvideo", "made_by": made_by, "model": contents})
 
     @classmethod
     def from_stable_diffusion(cls, folder: str | Path, frames: int = 16) -> "MagicVideo":

@@ -91,6 +91,17 @@ def test_every_preset_builds_and_its_sizes_fit_together(name):
         assert model.vae.decode(z).shape == (1, config.unet.frames, 3, config.size, config.size)
 
 
+def test_a_model_saved_in_half_precision_is_half_as_large_says_who_made_it_and_loads_in_float32(model, tmp_path):
+    model.save(tmp_path / "whole.pt")
+    model.save(tmp_path / "half.pt", torch.float16, made_by="python train.py")
+    assert (tmp_path / "half.pt").stat().st_size < 0.55 * (tmp_path / "whole.pt").stat().st_size
+    assert read_checkpoint(tmp_path / "half.pt", "magicvideo")["made_by"] == "python train.py"
+    loaded = MagicVideo.load(tmp_path / "half.pt")
+    for name, weight in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=1e-3, atol=1e-6)
+
+
 def test_a_saved_model_comes_back_whole(model, tmp_path):
     model.save(tmp_path / "model.pt")
     loaded = MagicVideo.load(tmp_path / "model.pt")
