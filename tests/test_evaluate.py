@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import evaluate
 from data import InputError, ShapesDataset, shape_captions
 from evaluate import FILLS, TRENDS, WORDS, confusions, count, edges, judge, largest_component, prompts_of, wilson
-from magicvideo import MagicVideo
+from magicvideo import MagicVideo, read_checkpoint
+from sample import SHIPPED
 
 NOTHING = dict.fromkeys(WORDS)
 
@@ -298,3 +299,12 @@ def test_settings_out_of_range_are_named(flags, monkeypatch, tmp_path):
 def test_a_missing_checkpoint_is_named():
     with pytest.raises(InputError, match="nowhere.pt"):
         evaluate.main(["--checkpoint", "nowhere.pt"])
+
+
+def test_the_shipped_model_is_small_says_who_made_it_and_follows_captions_that_it_never_saw():
+    assert SHIPPED.stat().st_size < 12e6
+    assert "train.py" in read_checkpoint(SHIPPED, "magicvideo")["made_by"]
+    captions = shape_captions("test")[::3]
+    clips = MagicVideo.load(SHIPPED).sample(captions, steps=20)
+    right = sum(judge(clip) == words(caption) for clip, caption in zip(clips, captions))
+    assert right >= 3                                       # of 8; by chance one of a hundred and forty-four
