@@ -108,10 +108,10 @@ def show_64_times(config: UNetConfig) -> None:
     rows = {"convolutions and linear layers": rest, "attention's Q K^T and A V": attention, "all": whole}
     for part, (pixels, latents) in rows.items():
         print(f"  {part:34}{pixels / 1e9:15,.1f}{latents / 1e9:13,.1f}{pixels / latents:8,.1f}")
-    print("  64 = (256 / 32)^2 positions: the ratio of every layer that sees one position at a time (a little less here,\n"
-          "  as the text and 3 channels for 4 do not grow). Self-attention sees pairs of positions: 64^2. This is no\n"
-          "  measured time and no comparison with VDM's own network; it leaves out the VAE, whose decoder works once a\n"
-          "  clip while the U-Net works twice a step.")
+    print("  64 = (256 / 32)^2 positions: the ratio of every layer that sees one position at a time (a little less\n"
+          "  here, as the text and 3 channels for 4 do not grow). Self-attention sees pairs of positions: 64^2. This\n"
+          "  is no measured time and no comparison with VDM's own network; it leaves out the VAE, whose decoder\n"
+          "  works once a clip while the U-Net works twice a step.")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -311,22 +311,25 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
-            last = step + 1 == steps
-            save = last or (step + 1) % s.save_every == 0
+            stopping, last = bool(stop), step + 1 == steps  # a signal from here on is for the next step
+            save = last or stopping or (step + 1) % s.save_every == 0
             show = s.sample_every and (last or (step + 1) % s.sample_every == 0)
-            if save or stop:
+            if save:
                 write_checkpoint(out / "checkpoint.pt", {
                     "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
                     "step": step + 1, "model": model.contents(), "average": average.values,
                     "optimizer": optimizer.state_dict()})
-            average.swap()
-            if save or stop:
-                model.save(out / "model.pt")
-            if show:
-                picture(out / "samples" / f"{stage}-{step + 1:06d}.png", model, clips, stage)
-            average.swap()
-            if stop:
+            if save or show:
+                average.swap()
+                if save:
+                    model.save(out / "model.pt")
+                if show:
+                    picture(out / "samples" / f"{stage}-{step + 1:06d}.png", model, clips, stage)
+                average.swap()
+            if stopping:
                 raise KeyboardInterrupt
+        if stop:  # while the last step was saved
+            raise KeyboardInterrupt
     average.swap()
     if stage == "vae" and not model.config.pretrained:
         model.config.vae.scaling_factor = measure_scaling(model, clips, s)

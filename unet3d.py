@@ -171,7 +171,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, z: Tensor, emb: Tensor, adaptors: nn.ModuleList | None) -> Tensor:
-        """z (b, f, c_in, h, w), emb (b, 1 or f, 4c), an adaptor a convolution or None (image) -> (b, f, c_out, h, w)."""
+        """z (b, f, c_in, h, w), emb (b, 1 or f, 4c), an adaptor a convolution or None -> (b, f, c_out, h, w)."""
         x = per_frame(self.conv1, F.silu(per_frame(self.norm1, z)))  # (b, f, c_out, h, w)
         x = adaptors[0](x) if adaptors else x
         x = x + self.time_emb_proj(F.silu(emb))[..., None, None]
@@ -373,9 +373,7 @@ class UpLevel(Level):
 class UNet3D(nn.Module):
     """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (b, f, c, h, w).
 
-    Where frames are not equally noisy, t is (b, f).
-
-    Without fps it is the image model: each frame by itself, any number of them, no new part used (training stage
+    Where frames are not equally noisy, t is (b, f). Without fps it is the image model: each frame by itself, any number of them, no new part used (training stage
     "image"). GroupNorm sees one frame at a time, so with strict masks the whole network is causal in the frames.
     """
 

@@ -19,7 +19,8 @@ def paper():
 def test_the_image_parts_are_stable_diffusions_in_parameters_and_operations(paper):
     size, operations = paper["U-Net, image parts", "frame"]
     assert size == 859_520_964 and operations / 1e9 == pytest.approx(180.1, abs=0.05)
-    (encoder, encode), (decoder, decode) = (paper[f"VAE {part}", "frame"] for part in ("encoder", "decoder, image parts"))
+    (encoder, encode), (decoder, decode) = (
+        paper[f"VAE {part}", "frame"] for part in ("encoder", "decoder, image parts"))
     assert encoder + decoder == 83_653_863
     assert encode / 1e9 == pytest.approx(272.7, abs=0.05) and decode / 1e9 == pytest.approx(622.2, abs=0.05)
     assert paper["text encoder", "caption"][0] == 123_060_480

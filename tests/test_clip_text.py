@@ -304,7 +304,7 @@ def test_outputs_equal_those_of_transformers_clip_text_model(encoder, tokens, le
     theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=99, max_position_embeddings=16, hidden_size=24, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=4, hidden_act="quick_gelu", bos_token_id=97, eos_token_id=98, attn_implementation="sdpa",
-    )).to(dtype).eval()                                      # "eager" takes its softmax in float32 and so is off by 1e-7
+    )).to(dtype).eval()                                     # "eager" takes its softmax in float32 and so is off by 1e-7
     prefix = "" if any(name.startswith("text_model.") for name in theirs.state_dict()) else "text_model."    # 5.x: none
     weights = encoder.state_dict()
     assert {prefix + n for n in theirs.state_dict() if not n.endswith("position_ids")} == set(weights)

@@ -49,8 +49,8 @@ MISTAKES = {  # name: (file, how it is, how it would be wrong)
                            "self.proj_in = nn.Linear(channels, channels)"),
     "bilinear upsampling": (UNET, 'mode="nearest"', 'mode="bilinear"'),
     "U-Net downsampling padded right and bottom": (
-        UNET, "3, stride=2, padding=1)\n\n    def forward(self, x: Tensor) -> Tensor:\n        return self.conv(x)",
-        "3, stride=2)\n\n    def forward(self, x: Tensor) -> Tensor:\n        return self.conv(F.pad(x, (0, 1, 0, 1)))"),
+        UNET, "stride=2, padding=1)\n\n    def forward(self, x: Tensor) -> Tensor:\n        return self.conv(x)",
+        "stride=2)\n\n    def forward(self, x: Tensor) -> Tensor:\n        return self.conv(F.pad(x, (0, 1, 0, 1)))"),
     "VAE downsampling padded left and top": (VAE, "(0, 1, 0, 1)", "(1, 0, 1, 0)"),
     "logvar not clamped": (VAE, "logvar.clamp(-30, 20)", "logvar"),
     "latents scaled before sampling": (VAE, "(mean + (0.5 * logvar).exp() * eps) * self.config.scaling_factor",

@@ -94,6 +94,25 @@ def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_
     assert equal(whole, weights("stopped/model.pt"))
 
 
+@pytest.mark.parametrize("drawn", [3, 4, 6])
+def test_a_signal_while_a_picture_is_drawn_loses_no_step(drawn, whole, monkeypatch):
+    pictures, picture = iter(range(1, 100)), train.picture
+
+    def signalled(*arguments):  # when it is settled already whether this step is saved
+        if next(pictures) == drawn:
+            os.kill(os.getpid(), signal.SIGTERM)
+        picture(*arguments)
+
+    monkeypatch.setattr(train, "picture", signalled)
+    with pytest.raises(InputError, match="--resume --out stopped"):
+        train.main([*SHORT, "--out", "stopped", "--sample-every", "1"])
+    checkpoint = train.read_checkpoint("stopped/checkpoint.pt", "magicvideo-training")
+    last = Path("stopped/log.csv").read_text().splitlines()[-1]
+    assert last.startswith(f"{checkpoint['stage']},{checkpoint['step']},")
+    train.main(["--resume", "--out", "stopped", "--device", "cpu"])
+    assert equal(whole, weights("stopped/model.pt"))
+
+
 def test_a_finished_run_resumes_to_itself(whole):
     train.main([*SHORT, "--out", "mine"])
     train.main(["--resume", "--out", "mine", "--device", "cpu"])
@@ -166,7 +185,7 @@ def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32():
     one, other = weights("fp32/model.pt"), weights("bf16/model.pt")
     assert {p.dtype for p in other.values()} == {torch.float32}
     assert not equal(one, other)
-    assert max((one[key] - other[key]).abs().max().item() for key in one) < 0.02  # lr 2.5e-3, x 5 for new parts, 2 steps
+    assert max((one[key] - other[key]).abs().max().item() for key in one) < 0.02  # lr 2.5e-3, new parts x 5
 
 
 def test_gradient_checkpointing_gives_equal_gradients():
