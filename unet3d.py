@@ -373,8 +373,9 @@ class UpLevel(Level):
 class UNet3D(nn.Module):
     """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (b, f, c, h, w).
 
-    Where frames are not equally noisy, t is (b, f). Without fps it is the image model: each frame by itself, any number of them, no new part used (training stage
-    "image"). GroupNorm sees one frame at a time, so with strict masks the whole network is causal in the frames.
+    Where frames are not equally noisy, t is (b, f). Without fps it is the image model: each frame by itself, any number
+    of them, no new part used (training stage "image"). GroupNorm sees one frame at a time, so with strict masks the
+    whole network is causal in the frames.
     """
 
     def __init__(self, config: UNetConfig):
