@@ -90,16 +90,23 @@ class Diffusion:
         network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022); with a
         `frame_lag`, frames that are done are left out (both ours).
         """
-        t = torch.randint(self.config.steps, (len(z0),), generator=generator)  # (b,)
-        t = self.frame_steps(t, z0.shape[1], fps)  # (b,) or (b, f)
-        going, t = t >= 0, t.clamp(min=0)
+        errors, t = self.errors(model, z0, context, fps, generator)
+        return errors[t >= 0].mean()
+
+    def errors(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
+               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What `loss` averages: the squared error of each frame (b, f) and its step (b, f), below 0 where it is done."""
+        drawn = torch.randint(self.config.steps, (len(z0),), generator=generator)  # (b,)
+        drawn = self.frame_steps(drawn, z0.shape[1], fps)  # (b,) or (b, f)
+        t = drawn.clamp(min=0)
         eps = normal(z0.shape, generator).to(z0)
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
         if self.config.prediction == "v_prediction":
             signal, noise = self.coefficients(t, z0)
             target = signal * eps - noise * z0
-        return (predicted.float() - target.float()).square()[going.to(z0.device)].mean()
+        errors = (predicted.float() - target.float()).square().mean((2, 3, 4))  # (b, f)
+        return errors, drawn.view(len(drawn), -1).expand(errors.shape).to(errors.device)
 
     @torch.no_grad()
     def sample(self, model: Callable, shape: tuple[int, ...], context: Tensor, uncond: Tensor, fps: Tensor | None,

@@ -9,7 +9,6 @@ random in a step is drawn from (seed, stage, step), so a resumed run goes on as 
 """
 
 import argparse
-import csv
 import json
 import math
 import signal
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import ClipFolder, InputError, ShapesDataset, strip, write_image
+from data import ClipFolder, InputError, ShapesDataset
 from diffusion import normal
 from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
+from progress import by_band, curves, log, picture
 from unet3d import Level
 
 STAGES = ("vae", "image", "video")
@@ -59,6 +59,7 @@ class Settings:
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
+    thumbnail: float = setting(0.1, "weight of the VAE's term that makes three of its latents a small copy of the frame")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
@@ -76,10 +77,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "thumbnail": 0.0,
               "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "thumbnail": 0.0,
               "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
@@ -143,13 +144,20 @@ def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tenso
     z = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))
     # KL(q(z | frame) || N(0, 1)) per latent number
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return F.mse_loss(model.vae.decode(z), video) + s.kl_weight * kl
+    loss = F.mse_loss(model.vae.decode(z), video) + s.kl_weight * kl
+    if s.thumbnail:
+        # Left alone, a VAE this small lays the colors on one line, where yellow and orange are hard to tell apart.
+        small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:]).unflatten(0, video.shape[:2])
+        small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as the prior, N(0, 1)
+        loss = loss + s.thumbnail * F.mse_loss(mean[:, :, :3], small)
+    return loss
 
 
-def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> Tensor:
+def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> tuple[Tensor, list]:
     """The diffusion loss on one batch: of clips (b, f, ...), or in stage image of as many frames (b*f, 1, ...).
 
     Those frames are from different clips where latents are cached; to decode a clip for one frame would be a waste.
+    Second comes the same loss by bands of t, for the log.
     """
     place, f = STAGES.index(stage), model.config.unet.frames
     generator = rng(s.seed, place, 1, step)
@@ -171,7 +179,8 @@ def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: 
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
-    return model.diffusion.loss(model.unet, z0, context, rate, generator)
+    errors, t = model.diffusion.errors(model.unet, z0, context, rate, generator)  # (b, f) each
+    return errors[t >= 0].mean(), by_band(errors.detach(), t, model.diffusion.config.steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,30 +241,6 @@ def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
     return float(1 / (mean.var() + s.latent_noise**2 * logvar.exp().mean()).sqrt())
 
 
-@torch.no_grad()
-def picture(path: Path, model: MagicVideo, clips: Dataset, stage: str) -> None:
-    """How far a stage is, one clip a row: clips above their reconstructions, or samples in ten steps."""
-    if stage == "vae":
-        videos = torch.stack([clips[i]["video"] for i in range(min(len(clips), 4))]).to(model.device)
-        mean, logvar = model.vae.encode(videos)
-        rows = torch.cat([videos, model.vae.decode(model.vae.sample_latents(mean, logvar, torch.zeros_like(mean)))])
-    else:
-        captions = list(dict.fromkeys(clips.captions))  # each once
-        rows = model.sample(captions[:: max(1, len(captions) // 6)][:6], fps=8 if stage == "video" else None, steps=10)
-    write_image(path, strip(rows.cpu()))
-
-
-def log(path: Path, stage: str, step: int, loss: float, rate: float, seconds: float) -> None:
-    """Adds a line to log.csv; `seconds` count from the start, or resumption, of the stage."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["stage", "step", "loss", "learning_rate", "seconds"])
-        writer.writerow([stage, step, f"{loss:.6f}", f"{rate:.3e}", f"{seconds:.1f}"])
-
-
 @contextmanager
 def stop_signals():
     """A list that fills on Ctrl-C or SIGTERM, so that the step at hand is finished and saved first."""
@@ -299,7 +284,10 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate(step, steps, highest, s.warmup)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
-                loss = vae_loss(model, source, step, s) if stage == "vae" else unet_loss(model, source, step, s, stage)
+                if stage == "vae":
+                    loss, bands = vae_loss(model, source, step, s), []
+                else:
+                    loss, bands = unet_loss(model, source, step, s, stage)
             if not math.isfinite(loss.item()):
                 raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
                                  f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
@@ -310,7 +298,8 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             average.update()
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            log(out / "log.csv", stage, step + 1, loss.item(), optimizer.param_groups[0]["lr"], time.time() - started)
+            rate, seconds = optimizer.param_groups[0]["lr"], time.time() - started
+            log(out / "log.csv", stage, step + 1, loss.item(), rate, seconds, bands)
             stopping, last = bool(stop), step + 1 == steps  # a signal from here on is for the next step
             save = last or stopping or (step + 1) % s.save_every == 0
             show = s.sample_every and (last or (step + 1) % s.sample_every == 0)
@@ -324,6 +313,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                 if save:
                     model.save(out / "model.pt")
                 if show:
+                    curves(out / "log.csv", out / "loss.png")
                     picture(out / "samples" / f"{stage}-{step + 1:06d}.png", model, clips, stage)
                 average.swap()
             if stopping:

@@ -1,6 +1,7 @@
 """Training: the stages, the files they write, stopping and going on, and that it learns."""
 
 import csv
+import importlib.util
 import math
 import os
 import re
@@ -60,7 +61,8 @@ def equal(one, other):
 def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_is(tmp_path, capsys):
     train.main(SHORT)
     out = Path("runs/shapes")
-    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv", "samples"}
+    drawn = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
+    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv", "samples"} | drawn
     assert {p.name for p in (out / "samples").iterdir()} == {f"{stage}-000002.png" for stage in train.STAGES}
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [(row["stage"], row["step"]) for row in rows] == [(stage, n) for stage in train.STAGES for n in "12"]
@@ -218,7 +220,7 @@ def test_the_papers_sizes_take_a_step_of_two_frames():
     torch.set_num_threads(os.cpu_count())
     try:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            loss = train.unet_loss(model, ShapesDataset("train", 2, 256), 0, s, "video")
+            loss, _ = train.unet_loss(model, ShapesDataset("train", 2, 256), 0, s, "video")
         loss.backward()
     finally:
         torch.set_num_threads(torch_threads)
@@ -255,8 +257,8 @@ def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
     model = MagicVideo.from_preset("tiny")
     clips = ShapesDataset("train", 4, 32)
     seen = {}
-    monkeypatch.setattr(model.diffusion, "loss", lambda unet, z0, context, fps, generator: seen.update(
-        shape=z0.shape, fps=fps) or z0.sum())
+    monkeypatch.setattr(model.diffusion, "errors", lambda unet, z0, context, fps, generator: seen.update(
+        shape=z0.shape, fps=fps) or (z0.sum((2, 3, 4)), torch.zeros(z0.shape[:2], dtype=torch.long)))
     train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
     assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
     train.unet_loss(model, train.Latents(model, clips, 8), 0, train.Settings(batch_size=2), "image")
@@ -308,18 +310,22 @@ def test_every_setting_and_every_size_is_read_somewhere():
             assert re.search(rf"(\bs|config|model|diffusion|self)\.{f.name}\b", source), f"{config.__name__}.{f.name}"
 
 
-def test_the_vae_loss_is_the_squared_error_plus_the_divergence_of_its_posterior(monkeypatch):
+@pytest.mark.parametrize("thumbnail", [0, 0.7])
+def test_the_vae_loss_is_the_squared_error_the_divergence_of_its_posterior_and_the_thumbnail(thumbnail, monkeypatch):
     model, clips = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32)
     seen = {}
     encode, decode = model.vae.encode, model.vae.decode
     monkeypatch.setattr(model.vae, "encode", lambda video: seen.setdefault(
         "posterior", encode(seen.setdefault("video", video))))
     monkeypatch.setattr(model.vae, "decode", lambda z: seen.setdefault("decoded", decode(z)))
-    loss = train.vae_loss(model, clips, 0, train.Settings(kl_weight=0.5))
+    loss = train.vae_loss(model, clips, 0, train.Settings(kl_weight=0.5, thumbnail=thumbnail))
     mean, logvar = seen["posterior"]
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
-    torch.testing.assert_close(loss, (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl)
+    small = seen["video"].unflatten(-2, (4, 8)).unflatten(-1, (4, 8)).mean((-3, -1))  # 8 x 8 pixels each
+    pull = (mean[:, :, :3] - 3 * (small - small.mean((0, 1, 3, 4))[:, None, None])).square().mean()
+    expected = (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl + thumbnail * pull
+    torch.testing.assert_close(loss, expected)
 
 
 def test_the_vae_sees_single_frames_first_and_whole_clips_last():

@@ -1,0 +1,88 @@
+"""How a training goes, for a person to look at: OUT/log.csv, OUT/loss.png and OUT/samples/ (all ours).
+
+The loss of a diffusion model says little as one number: at little noise it is about detail, at much noise about what
+the caption says, and the second is learned last. So it is kept by bands of t as well.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import strip, write_image
+from magicvideo import MagicVideo
+
+BANDS = 4  # t in [0, 250), [250, 500), [500, 750), [750, 1000)
+COLUMNS = ("stage", "step", "loss", "learning_rate", "seconds", *(f"loss_band_{i}" for i in range(BANDS)))
+
+
+def by_band(errors: Tensor, t: Tensor, steps: int) -> list[float | None]:
+    """Mean of `errors` in each band of t, both of one shape, t in [0, steps); None for a band without any."""
+    band = t * BANDS // steps
+    return [float(errors[band == i].mean()) if (band == i).any() else None for i in range(BANDS)]
+
+
+def log(path: Path, stage: str, step: int, loss: float, rate: float, seconds: float,
+        bands: list[float | None] = ()) -> None:
+    """Adds a line to log.csv; `seconds` count from the start, or resumption, of the stage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        bands = ["" if value is None else f"{value:.6f}" for value in bands]
+        writer.writerow([stage, step, f"{loss:.6f}", f"{rate:.3e}", f"{seconds:.1f}", *bands])
+
+
+def curves(path: Path, picture: Path) -> bool:
+    """Draws log.csv as a picture, a column for each stage: loss by band of t, and the learning rate.
+
+    Returns whether it could: without matplotlib nothing is drawn.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    figure = Figure(figsize=(5 * len(stages), 6), layout="constrained")
+    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", height_ratios=(3, 1))
+    for (loss, rate), stage in zip(axes.T, stages):
+        of_stage = [row for row in rows if row["stage"] == stage]
+        names = {f"loss_band_{i}": f"t in band {i + 1} of {BANDS}" for i in range(BANDS)} | {"loss": "all"}
+        for name, label in names.items():
+            points = [(int(row["step"]), float(row[name])) for row in of_stage if row.get(name)]
+            if points:
+                loss.plot(*zip(*smoothed(points)), label=label, color="black" if name == "loss" else None)
+        loss.set(title=f"stage {stage}", ylabel="loss", yscale="log")
+        loss.legend()
+        rate.plot([int(row["step"]) for row in of_stage], [float(row["learning_rate"]) for row in of_stage])
+        rate.set(xlabel="step", ylabel="learning rate")
+    unfinished = picture.with_name(f".{picture.name}")
+    FigureCanvasAgg(figure).print_png(unfinished)
+    unfinished.replace(picture)
+    return True
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most 100 points, each the mean of as many neighbours: single steps are noisy."""
+    width = -(-len(points) // 100)
+    parts = (points[i : i + width] for i in range(0, len(points), width))
+    return [tuple(sum(values) / len(part) for values in zip(*part)) for part in parts]
+
+
+@torch.no_grad()
+def picture(path: Path, model: MagicVideo, clips: torch.utils.data.Dataset, stage: str) -> None:
+    """How far a stage is, one clip a row: clips above their reconstructions, or samples in ten steps."""
+    if stage == "vae":
+        videos = torch.stack([clips[i]["video"] for i in range(min(len(clips), 4))]).to(model.device)
+        mean, logvar = model.vae.encode(videos)
+        rows = torch.cat([videos, model.vae.decode(model.vae.sample_latents(mean, logvar, torch.zeros_like(mean)))])
+    else:
+        captions = list(dict.fromkeys(clips.captions))  # each once
+        rows = model.sample(captions[:: max(1, len(captions) // 6)][:6], fps=8 if stage == "video" else None, steps=10)
+    write_image(path, strip(rows.cpu()))
