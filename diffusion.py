@@ -95,7 +95,7 @@ class Diffusion:
 
     def errors(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What `loss` averages: the squared error of each frame (b, f) and its step (b, f), below 0 where it is done."""
+        """What `loss` averages: each frame's squared error (b, f), and its step (b, f), below 0 where it is done."""
         drawn = torch.randint(self.config.steps, (len(z0),), generator=generator)  # (b,)
         drawn = self.frame_steps(drawn, z0.shape[1], fps)  # (b,) or (b, f)
         t = drawn.clamp(min=0)

@@ -47,6 +47,7 @@ class Settings:
     stage: str = setting("", "vae, image or video; without it all three, one after the other")
     init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; --stage image and video need one")
     train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
+    freeze: str = setting("", "weights whose names hold one of these words stay as they are; commas between")
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
     vae_steps: int = setting(1200, "steps of stage vae, 0 leaves it out")
     image_steps: int = setting(500, "the same of stage image")
@@ -59,7 +60,7 @@ class Settings:
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
-    thumbnail: float = setting(0.1, "weight of the VAE's term that makes three of its latents a small copy of the frame")
+    thumbnail: float = setting(0.1, "weight of the VAE's term that makes three latents a thumbnail of the frame")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
@@ -145,12 +146,20 @@ def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tenso
     # KL(q(z | frame) || N(0, 1)) per latent number
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     loss = F.mse_loss(model.vae.decode(z), video) + s.kl_weight * kl
-    if s.thumbnail:
-        # Left alone, a VAE this small lays the colors on one line, where yellow and orange are hard to tell apart.
-        small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:]).unflatten(0, video.shape[:2])
-        small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as the prior, N(0, 1)
-        loss = loss + s.thumbnail * F.mse_loss(mean[:, :, :3], small)
-    return loss
+    return loss + (s.thumbnail * thumbnail_term(mean, video) if s.thumbnail else 0)
+
+
+def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
+    """Pulls a VAE's latents (b, f, 4, h/8, w/8) of video (b, f, 3, h, w) to a shape that diffusion learns fast -> scalar.
+
+    Three of them to a small copy of the frame, the others to size one and no correlation with these. Left alone, a VAE
+    this small lays its colors on one line, yellow next to orange, and hides the outline in numbers near zero (ours).
+    """
+    small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:]).unflatten(0, video.shape[:2])
+    small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as the prior, N(0, 1)
+    covariance = mean.transpose(0, 2).flatten(1).cov()  # (4, 4)
+    free = covariance[3:] - torch.eye(len(covariance)).to(covariance)[3:]
+    return F.mse_loss(mean[:, :, :3], small) + free.square().mean()
 
 
 def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> tuple[Tensor, list]:
@@ -195,11 +204,14 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
     they can learn faster (both ours).
     """
     part = model.vae if stage == "vae" else model.unet
-    new = [p for name, p in part.named_parameters() if is_new_part(name)]
-    if stage == "vae":
-        frozen = model.config.pretrained  # the latents must stay what the U-Net knows
-        return [{"params": new if frozen else list(part.parameters()), "factor": 1.0}]
-    image = [p for name, p in part.named_parameters() if not is_new_part(name)]
+    frozen = [piece for piece in s.freeze.split(",") if piece]
+    for piece in frozen:
+        if not any(piece in name for name, _ in model.named_parameters()):
+            raise InputError(f'--freeze "{piece}": no weight has that in its name; try adaptor, or temporal')
+    free = [(name, p) for name, p in part.named_parameters() if not any(piece in name for piece in frozen)]
+    new, image = ([p for name, p in free if is_new_part(name) == kind] for kind in (True, False))
+    if stage == "vae":  # Stable Diffusion's latents must stay what its U-Net knows
+        return [{"params": new if model.config.pretrained else image + new, "factor": 1.0}]
     text = [] if model.config.pretrained else list(model.text_encoder.parameters())
     groups = [] if s.train == "new" else [{"params": image + text, "factor": 1.0}]
     if stage == "video":

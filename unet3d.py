@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+MASKS = ("strict", "literal", "bidirectional")
+
 
 @dataclass
 class UNetConfig:
@@ -29,7 +31,7 @@ class UNetConfig:
     groups: int = 32  # of every GroupNorm
     context_width: int = 768  # of the text tokens
     frames: int = 16  # the adaptors hold one scale and one shift per frame
-    mask: str = "strict"  # of the temporal attention: "strict" or "literal", see directed_attention
+    mask: str = "strict"  # of the temporal attention: "strict", "literal" or "bidirectional", see directed_attention
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,10 +67,10 @@ def directed_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
     The paper writes A = softmax(Q K^T / sqrt(d)) * M, M lower triangular with rows = queries. To the letter, the
     product after the softmax ("literal") leaves later frames in the denominator: rows no longer sum to one, and frame 1
     still feels frame 16. "strict" (ours, default) masks before the softmax: the same weights, each row divided by its
-    sum, and truly "independent of future frames" as the text promises.
+    sum, and truly "independent of future frames" as the text promises. "bidirectional" has no mask (ours, to compare).
     """
-    if mask == "strict":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if mask != "literal":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "strict")
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
 
@@ -83,8 +85,8 @@ class DirectedTemporalAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, mask: str = "strict"):
         super().__init__()
-        if mask not in ("strict", "literal"):
-            raise ValueError(f'mask "{mask}" is unknown: use "strict" or "literal"')
+        if mask not in MASKS:
+            raise ValueError(f'mask "{mask}" is unknown: use {", ".join(MASKS)}')
         self.heads, self.mask = heads, mask
         self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.to_q = nn.Linear(channels, channels, bias=False)

@@ -1,6 +1,7 @@
 """The judge sees what is there, changes its mind when the clip changes, and can say no; the counting is exact."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -286,8 +287,80 @@ def test_the_command_counts_a_models_mistakes_and_writes_numbers_and_pictures(or
     assert "square judged circle: 32 of 32 clips" in capsys.readouterr().out
 
 
+class Cutter:
+    """A model that returns real clips at the rate it is asked for, or, `deaf`, always at 8 frames a second."""
+
+    config = MagicVideo.from_preset("tiny").config
+    device = torch.device("cpu")
+
+    def __init__(self, deaf=False):
+        self.deaf = deaf
+
+    def sample(self, prompts, fps, steps, guidance, sampler, seed):
+        captions = shape_captions("test")
+        dataset = ShapesDataset("test", fps=8 if self.deaf else fps, seed=5, length=2400)
+        return torch.stack([dataset[captions.index(prompt) + 24 * i]["video"] for i, prompt in enumerate(prompts, seed)])
+
+
+def test_speed_is_that_of_the_object_the_way_its_caption_says():
+    dataset = ShapesDataset("test", fps=8, length=48)
+    for clip in (dataset[i] for i in range(48)):
+        motion = words(clip["caption"])["motion"]
+        speed = evaluate.speed(clip["video"], motion)
+        pair = next(pair for pair in TRENDS if motion in pair)
+        opposite = pair[1 - pair.index(motion)]
+        assert speed > (0.9 * 0.3 / 7 if "moving" in motion else 0.9 * math.log(2) / 7)
+        assert evaluate.speed(clip["video"], opposite) == -speed
+    assert math.isnan(evaluate.speed(torch.zeros(8, 3, 64, 64), "growing"))
+
+
+def test_rates_see_whether_frames_a_second_are_obeyed(monkeypatch, tmp_path, capsys):
+    for deaf, least, most in ((False, 40, 96), (True, 0, 0)):
+        monkeypatch.setattr(MagicVideo, "load", lambda path, device: Cutter(deaf))
+        evaluate.main(["--checkpoint", "model.pt", "--rates", "--out", str(tmp_path)])
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert least <= found["falls"] <= most and found["of"] >= 90
+        four, eight, sixteen = found["rates"]
+        assert deaf == (four["moving"] == eight["moving"]) and eight["data fps"] == 8 and sixteen["data fps"] == 12
+        assert deaf or four["moving, data"] > eight["moving, data"] > sixteen["moving, data"]
+    assert "falls from 4 to 8 to 16" in capsys.readouterr().out
+
+
+def test_reconstruction_tells_temporal_layers_that_flicker_from_none(monkeypatch, tmp_path):
+    model = MagicVideo.from_preset("tiny").eval()
+    monkeypatch.setattr(MagicVideo, "load", lambda path, device: model)
+    flags = ["--checkpoint", "model.pt", "--reconstruction", "--clips", "3", "--out", str(tmp_path)]
+    evaluate.main(flags)
+    on, off = json.loads((tmp_path / "results.json").read_text())["reconstruction"]
+    assert on["psnr"] == off["psnr"] and on["flicker_psnr"] == off["flicker_psnr"] and on["clips"] == 3  # zero start
+    torch.nn.init.normal_(model.vae.decoder.temporal_attentions[1].to_out.weight, std=0.5)
+    evaluate.main(flags)
+    on, again = json.loads((tmp_path / "results.json").read_text())["reconstruction"]
+    assert again["psnr"] == off["psnr"] and on["psnr"] != off["psnr"]
+
+
+def test_decibels_are_those_of_pixels_between_minus_one_and_one():
+    assert evaluate.decibels(torch.tensor(4.0)) == 0 and evaluate.decibels(torch.tensor(0.04)) == pytest.approx(20)
+
+
+def test_fvd_prints_how_many_clips_and_warns_of_few(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(MagicVideo, "load", lambda path, device: Cutter())
+    monkeypatch.setattr(evaluate, "load_i3d", lambda: torch.nn.Flatten())
+    monkeypatch.setattr(evaluate, "features", lambda i3d, videos: videos.mean((3, 4)).flatten(1).numpy())
+    evaluate.main(["--checkpoint", "model.pt", "--fvd", "--clips", "30", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "FVD of samples:" in printed and "(30 clips)" in printed and "30 clips are few" in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["fvd"]
+    assert [row["clips"] for row in rows] == [30, 30] and all(row["fvd"] > 0 for row in rows)
+
+
+def test_a_folder_is_refused_where_prompts_are_judged():
+    with pytest.raises(InputError, match="--data clips.*--fvd"):
+        evaluate.main(["--checkpoint", "model.pt", "--data", "clips"])
+
+
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0"], ["--steps", "0"], ["--steps", "1001"], ["--batch-size", "-1"], ["--fps", "0"]]
+    "flags", [["--seeds", "0"], ["--clips", "0"], ["--steps", "0"], ["--steps", "1001"], ["--batch-size", "-1"], ["--fps", "0"]]
 )
 def test_settings_out_of_range_are_named(flags, monkeypatch, tmp_path):
     model = MagicVideo.from_preset("tiny").eval()

@@ -280,6 +280,17 @@ def test_a_start_from_stable_diffusion_keeps_the_text_encoder_and_the_vae_as_the
     assert not pretrained or (parts["vae"] == temporal and not text & parts["image"] and temporal)
 
 
+def test_frozen_words_name_weights_that_stay_as_they_are_in_every_stage(tmp_path):
+    train.main([*SHORT, "--out", "run", "--freeze", "adaptor,temporal", "--seed", "3"])
+    torch.manual_seed(3)
+    start, after = MagicVideo.from_preset("tiny").state_dict(), MagicVideo.load("run/model.pt").state_dict()
+    frozen = {name for name in start if "adaptor" in name or "temporal" in name}
+    same = {name for name in start if torch.equal(start[name], after[name])}
+    assert frozen <= same and len(frozen) > 20 and len(same) < 0.5 * len(start)
+    with pytest.raises(InputError, match='--freeze "adapter"'):
+        train.main([*SHORT, "--out", "other", "--freeze", "adapter"])
+
+
 def test_captions_are_left_out_as_often_as_asked(monkeypatch):
     model = MagicVideo.from_preset("tiny")
     seen = []
@@ -324,6 +335,8 @@ def test_the_vae_loss_is_the_squared_error_the_divergence_of_its_posterior_and_t
     kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
     small = seen["video"].unflatten(-2, (4, 8)).unflatten(-1, (4, 8)).mean((-3, -1))  # 8 x 8 pixels each
     pull = (mean[:, :, :3] - 3 * (small - small.mean((0, 1, 3, 4))[:, None, None])).square().mean()
+    numbers = mean.movedim(2, 0).flatten(1)
+    pull = pull + (torch.cov(numbers)[3] - torch.tensor([0, 0, 0, 1.0])).square().mean()
     expected = (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl + thumbnail * pull
     torch.testing.assert_close(loss, expected)
 

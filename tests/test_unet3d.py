@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import changed, close, randn, shaken
-from unet3d import (DirectedTemporalAttention, FPSEmbedding, FrameAdaptor, SpatialTransformer, TransformerBlock, UNet3D,
-                    UNetConfig, directed_attention, sinusoid)
+from unet3d import (MASKS, DirectedTemporalAttention, FPSEmbedding, FrameAdaptor, SpatialTransformer, TransformerBlock,
+                    UNet3D, UNetConfig, directed_attention, sinusoid)
 
 FRAMES = 5
 TINY = dict(channels=(8, 16), attention=(True, False), layers=1, heads=2, groups=4, context_width=12, frames=FRAMES)
@@ -186,6 +186,8 @@ def qkv():
 
 def explicit(q, k, v, mask):
     """A v as the formula stands: rows are queries, the lower triangle with the diagonal is seen."""
+    if mask == "bidirectional":
+        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
     scores, seen = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), torch.ones(q.shape[-2], q.shape[-2]).tril().bool()
     a = scores.masked_fill(~seen, -math.inf).softmax(-1) if mask == "strict" else scores.softmax(-1) * seen
     return a @ v
@@ -196,8 +198,8 @@ def rows(q, k, mask):
     return directed_attention(q, k, torch.eye(q.shape[-2], dtype=q.dtype).expand_as(q), mask)
 
 
-@pytest.mark.parametrize("mask", ["strict", "literal"])
-def test_both_masks_are_their_formula_written_out(qkv, mask):
+@pytest.mark.parametrize("mask", MASKS)
+def test_all_masks_are_their_formula_written_out(qkv, mask):
     assert close(directed_attention(*qkv, mask), explicit(*qkv, mask), 1e-12)
 
 
@@ -298,7 +300,7 @@ def test_with_literal_masks_the_whole_network_is_not_causal(clips):
 
 @pytest.mark.parametrize("mask", ["Strict", "none", ""])
 def test_an_unknown_mask_is_refused(mask):
-    with pytest.raises(ValueError, match=f'"{mask}".*"strict" or "literal"'):
+    with pytest.raises(ValueError, match=f'"{mask}".*strict, literal, bidirectional'):
         UNet3D(UNetConfig(**TINY, mask=mask))
 
 
