@@ -60,7 +60,7 @@ class Settings:
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
-    thumbnail: float = setting(0.1, "weight of the VAE's term that makes three latents a thumbnail of the frame")
+    thumbnail: float = setting(0.0, "weight of the VAE's term that makes three latents a thumbnail of the frame")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
@@ -78,10 +78,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "thumbnail": 0.0,
+    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4, "thumbnail": 0.0,
+    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
@@ -153,7 +153,7 @@ def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
     """Pulls a VAE's latents (b, f, 4, h/8, w/8) of video (b, f, 3, h, w) to a shape that diffusion learns fast -> scalar.
 
     Three of them to a small copy of the frame, the others to size one and no correlation with these. Left alone, a VAE
-    this small lays its colors on one line, yellow next to orange, and hides the outline in numbers near zero (ours).
+    this small lays its colors on one line, yellow next to orange (ours; off by default, see README, "What we saw").
     """
     small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:]).unflatten(0, video.shape[:2])
     small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as the prior, N(0, 1)
