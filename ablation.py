@@ -6,8 +6,8 @@
     masks       strict, literal, bidirectional                          (paper §3.2.2, and see unet3d.py)
     flicker     VideoVAE with and without its temporal layers           (paper, VideoVAE)
 
-Every arm is a run of train.py and one of evaluate.py, as anyone could type them. A part that is frozen at its start, where
-it has no effect, is a part left out. Arms are kept: what is there is not run again, so that a stop costs one arm.
+Every arm is a run of train.py and one of evaluate.py, as anyone could type them. A part that is frozen at its start,
+where it has no effect, is a part left out. Arms are kept: what is there is not run again, so that a stop costs one arm.
 """
 
 import argparse

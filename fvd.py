@@ -124,6 +124,7 @@ class Inception(nn.Module):
 
 
 def chain(**units: nn.Module) -> nn.Sequential:
+    """Units one after the other, under their names in DeepMind's code."""
     return nn.Sequential(OrderedDict(units))
 
 

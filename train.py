@@ -150,7 +150,7 @@ def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tenso
 
 
 def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
-    """Pulls a VAE's latents (b, f, 4, h/8, w/8) of video (b, f, 3, h, w) to a shape that diffusion learns fast -> scalar.
+    """Pulls latents (b, f, 4, h/8, w/8) of video (b, f, 3, h, w) to a form that diffusion learns fast -> scalar.
 
     Three of them to a small copy of the frame, the others to size one and no correlation with these. Left alone, a VAE
     this small lays its colors on one line, yellow next to orange (ours; off by default, see README, "What we saw").
@@ -201,7 +201,7 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
 
     Stable Diffusion's text encoder and VAE encoder stay as they are, and with --train new all of its weights; without
     them the text encoder trains with the U-Net. The new parts start at zero and have far to go in few steps, so
-    they can learn faster (both ours).
+    they can learn faster (both ours). Raises InputError for a --freeze that names no weight, or leaves none to train.
     """
     part = model.vae if stage == "vae" else model.unet
     frozen = [piece for piece in s.freeze.split(",") if piece]
@@ -210,6 +210,8 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
             raise InputError(f'--freeze "{piece}": no weight has that in its name; try adaptor, or temporal')
     free = [(name, p) for name, p in part.named_parameters() if not any(piece in name for piece in frozen)]
     new, image = ([p for name, p in free if is_new_part(name) == kind] for kind in (True, False))
+    if not free:
+        raise InputError(f'--freeze "{s.freeze}": leaves nothing to train in stage {stage}; freeze less')
     if stage == "vae":  # Stable Diffusion's latents must stay what its U-Net knows
         return [{"params": new if model.config.pretrained else image + new, "factor": 1.0}]
     text = [] if model.config.pretrained else list(model.text_encoder.parameters())

@@ -299,7 +299,8 @@ class Cutter:
     def sample(self, prompts, fps, steps, guidance, sampler, seed):
         captions = shape_captions("test")
         dataset = ShapesDataset("test", fps=8 if self.deaf else fps, seed=5, length=2400)
-        return torch.stack([dataset[captions.index(prompt) + 24 * i]["video"] for i, prompt in enumerate(prompts, seed)])
+        places = (captions.index(prompt) + 24 * i for i, prompt in enumerate(prompts, seed))
+        return torch.stack([dataset[place]["video"] for place in places])
 
 
 def test_speed_is_that_of_the_object_the_way_its_caption_says():
@@ -360,7 +361,8 @@ def test_a_folder_is_refused_where_prompts_are_judged():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0"], ["--clips", "0"], ["--steps", "0"], ["--steps", "1001"], ["--batch-size", "-1"], ["--fps", "0"]]
+    "flags", [["--seeds", "0"], ["--clips", "0"], ["--steps", "0"], ["--steps", "1001"], ["--batch-size", "-1"],
+              ["--fps", "0"]]
 )
 def test_settings_out_of_range_are_named(flags, monkeypatch, tmp_path):
     model = MagicVideo.from_preset("tiny").eval()

@@ -287,8 +287,9 @@ def test_frozen_words_name_weights_that_stay_as_they_are_in_every_stage(tmp_path
     frozen = {name for name in start if "adaptor" in name or "temporal" in name}
     same = {name for name in start if torch.equal(start[name], after[name])}
     assert frozen <= same and len(frozen) > 20 and len(same) < 0.5 * len(start)
-    with pytest.raises(InputError, match='--freeze "adapter"'):
-        train.main([*SHORT, "--out", "other", "--freeze", "adapter"])
+    for words, mistake in (("adapter", '--freeze "adapter": no weight'), ("coder,quant", "leaves nothing to train")):
+        with pytest.raises(InputError, match=mistake):
+            train.main([*SHORT, "--out", "other", "--freeze", words])
 
 
 def test_captions_are_left_out_as_often_as_asked(monkeypatch):
