@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
+from data import InputError, ShapesDataset
 from magicvideo import MagicVideo
+from train import encode
 from unet3d import DirectedTemporalAttention, SpatialTransformer
 
 CLAIMS = {
@@ -80,6 +81,22 @@ def fresh(vae_path: Path, path: Path, seed: int) -> Path:
     return path
 
 
+@torch.no_grad()
+def held_out_error(path: Path, clips: int = 240) -> float:
+    """The training loss of a model on clips of held-out captions, with the same noise for every model."""
+    model, generator = MagicVideo.load(path), torch.Generator().manual_seed(0)
+    dataset, errors, steps = ShapesDataset("test", model.config.unet.frames, model.config.size, 1, length=clips), [], []
+    for i in range(0, clips, 24):
+        batch = [encode(model, dataset[k]) for k in range(i, min(i + 24, clips))]
+        z0 = model.config.vae.scaling_factor * torch.stack([item["mean"] for item in batch])  # (b, f, 4, h/8, w/8)
+        context, fps = model.encode_text([b["caption"] for b in batch]), torch.tensor([b["fps"] for b in batch])
+        for _ in range(4):
+            error, t = model.diffusion.errors(model.unet, z0, context, fps, generator)  # (b, f) each
+            errors.append(error)
+            steps.append(t)
+    return float(torch.cat(errors)[torch.cat(steps) >= 0].mean())
+
+
 def follows(arm: str, seed: int, flags: argparse.Namespace) -> dict:
     """Trains an arm with a seed and asks it for held-out captions: rates of the words, steps and seconds."""
     out, image = Path(flags.out), Path(flags.out) / f"image-{seed}"
@@ -97,7 +114,7 @@ def follows(arm: str, seed: int, flags: argparse.Namespace) -> dict:
     if not (folder / "results.json").exists():
         run("evaluate.py", "--checkpoint", model, "--split", "test", "--out", folder)
     held_out = json.loads((folder / "results.json").read_text())["rows"][0]
-    return {**{word: held_out[word]["rate"] for word in WORDS}, "video steps": steps,
+    return {**{word: held_out[word]["rate"] for word in WORDS}, "error": held_out_error(model), "video steps": steps,
             "seconds": time + seconds(folder)}
 
 

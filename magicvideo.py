@@ -41,7 +41,7 @@ PRESETS = {
         size=64,
         text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
         vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
-        unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=4, groups=8, context_width=96,
+        unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=2, groups=8, context_width=96,
                         frames=8),
         diffusion=DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction", frame_lag=100,
                                   guidance_power=2.0, guidance_rescale=1.0),

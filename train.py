@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import ClipFolder, InputError, ShapesDataset
 from diffusion import normal
 from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
+from optim import MovingAverage, learning_rate, make_optimizers
 from progress import by_band, curves, log, picture
 from unet3d import Level
 
@@ -49,18 +50,19 @@ class Settings:
     train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
     freeze: str = setting("", "weights whose names hold one of these words stay as they are; commas between")
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
-    vae_steps: int = setting(1200, "steps of stage vae, 0 leaves it out")
-    image_steps: int = setting(500, "the same of stage image")
-    video_steps: int = setting(4100, "the same of stage video")
+    vae_steps: int = setting(800, "steps of stage vae, 0 leaves it out")
+    image_steps: int = setting(1200, "the same of stage image")
+    video_steps: int = setting(3500, "the same of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
-    new_parts_lr: float = setting(5.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
+    muon_lr: float = setting(0.02, "the same for the matrices of U-Net and VAE, moved by Muon; 0 = by AdamW, as the rest")
+    new_parts_lr: float = setting(1.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
     vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
-    thumbnail: float = setting(0.0, "weight of the VAE's term that makes three latents a thumbnail of the frame")
+    thumbnail: float = setting(0.1, "weight of the VAE's term that makes three latents a thumbnail of the frame")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
@@ -78,10 +80,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "small": {"muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "paper": {"muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
@@ -221,32 +223,6 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
     return groups
 
 
-def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    rise = min(1.0, (step + 1) / max(warmup, 1))
-    return highest * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class MovingAverage:
-    """EMA of weights with warm-up, decay (1 + n) / (10 + n) at first: a long one would keep the noise of the start."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.count = parameters, decay, 0
-        self.values = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """After a step of the optimizer."""
-        self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
-
-    def swap(self) -> None:
-        """Puts the averages in the model and its weights here; called again, back. Nothing is copied."""
-        for i, p in enumerate(self.parameters):
-            p.data, self.values[i] = self.values[i], p.data
-
-
 def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
     """1 / standard deviation of the latents of 64 clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
     some = torch.randperm(len(clips), generator=rng(s.seed, 0, 2))[:64].tolist()
@@ -281,7 +257,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(groups, lr=highest, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizers = make_optimizers(model, groups, s.muon_lr > 0)
     average = MovingAverage(parameters, s.ema)
     for module in model.unet.modules():
         if isinstance(module, Level):
@@ -289,14 +265,16 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     first = 0
     if resumed:
         first = average.count = resumed["step"]
-        optimizer.load_state_dict(resumed["optimizer"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
         average.values = [value.to(model.device) for value in resumed["average"]]
     started = time.time()
     bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True)
     with stop_signals() as stop:
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * learning_rate(step, steps, highest, s.warmup)
+            for optimizer, top in zip(optimizers, (highest, s.muon_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["factor"] * learning_rate(step, steps, top, s.warmup)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
                 if stage == "vae":
                     loss, bands = vae_loss(model, source, step, s), []
@@ -307,12 +285,13 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                                  f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             average.update()
 
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            rate, seconds = optimizer.param_groups[0]["lr"], time.time() - started
+            rate, seconds = optimizers[0].param_groups[0]["lr"], time.time() - started
             log(out / "log.csv", stage, step + 1, loss.item(), rate, seconds, bands)
             stopping, last = bool(stop), step + 1 == steps  # a signal from here on is for the next step
             save = last or stopping or (step + 1) % s.save_every == 0
@@ -321,7 +300,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                 write_checkpoint(out / "checkpoint.pt", {
                     "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
                     "step": step + 1, "model": model.contents(), "average": average.values,
-                    "optimizer": optimizer.state_dict()})
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             if save or show:
                 average.swap()
                 if save:

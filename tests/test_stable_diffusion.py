@@ -204,5 +204,5 @@ def test_new_parts_alone_are_trained_and_the_optimizer_holds_nothing_else(origin
     assert same(trained, before)
     new = [name for name, _ in before.unet.named_parameters() if is_new_part(name)]
     assert any((trained.unet.state_dict()[name] != before.unet.state_dict()[name]).any() for name in new)
-    state = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["optimizers"][0]["state"]
     assert 0 < len(state) <= len(new)

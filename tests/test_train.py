@@ -166,21 +166,6 @@ def test_every_item_is_seen_once_an_epoch_in_a_new_order():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_the_moving_average_warms_up_and_changes_places_with_the_weights():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    average = train.MovingAverage([weight], 0.999)
-    weight.data.fill_(1)
-    average.update()
-    assert average.values[0].item() == pytest.approx(1 - 2 / 11)  # not 0.001: the first weights are forgotten at once
-    average.swap()
-    assert weight.item() == pytest.approx(9 / 11) and average.values[0].item() == 1
-    average.swap()
-    assert weight.item() == 1
-    average.values, average.count = [torch.zeros(1)], 10**6
-    average.update()
-    assert average.values[0].item() == pytest.approx(0.001, rel=1e-3)
-
-
 def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32():
     for precision in ("fp32", "bf16"):
         train.main([*SHORT, "--out", precision, "--precision", precision])
@@ -245,12 +230,6 @@ def test_gradient_checkpointing_is_asked_for_by_its_flag_and_keeps_less(monkeypa
         train.main([*SHORT, "--out", out, flag])
     assert kept["again"][-1] < 0.5 * kept["kept"][-1]
     assert equal(weights("kept/model.pt"), weights("again/model.pt"))
-
-
-def test_the_learning_rate_rises_then_falls_to_zero():
-    rates = [train.learning_rate(step, 100, 1.0, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) > 0.95 and rates[-1] < 0.001
-    assert rates.index(max(rates)) == 9
 
 
 def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
