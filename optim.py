@@ -12,7 +12,7 @@ MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step has all singular values near one (Jordan et al. 2024): each direction of a matrix moves alike.
+    """Momentum whose steps have singular values near one (Jordan et al. 2024): a matrix moves alike in all directions.
 
     For weights of linear layers, and of convolutions as matrices (out, in * kernel); torch.optim.Muon, from torch 2.9,
     takes linear layers alone. `lr` is the size of a step as a matrix, about 0.02 whatever the width.

@@ -1,0 +1,101 @@
+"""What can be set in a training: every field of `Settings` is a flag of train.py (ours)."""
+
+import argparse
+from dataclasses import dataclass, field, fields
+
+from data import InputError
+from magicvideo import PRESETS
+
+STAGES = ("vae", "image", "video")
+
+
+def setting(default, text: str):
+    """A field of Settings and the flag of the same name, with its line of help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """What a run is made of; every field is a flag, its default that of the tiny preset."""
+
+    data: str = setting("shapes", 'folder of clips, or "shapes" for the embedded data set')
+    preset: str = setting("tiny", "sizes of the model: tiny, small or paper")
+    stage: str = setting("", "vae, image or video; without it all three, one after the other")
+    init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; --stage image and video need one")
+    train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
+    freeze: str = setting("", "weights whose names hold one of these words stay as they are; commas between")
+    frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
+    vae_steps: int = setting(800, "steps of stage vae, 0 leaves it out")
+    image_steps: int = setting(1200, "the same of stage image")
+    video_steps: int = setting(3500, "the same of stage video")
+    batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
+    vae_batch_size: int = setting(12, "frames a step of stage vae")
+    lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
+    muon_lr: float = setting(0.02, "the same of the matrices, which Muon moves; 0 = AdamW moves them as all else")
+    new_parts_lr: float = setting(1.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
+    vae_lr: float = setting(3e-3, "the same for the VAE")
+    warmup: int = setting(50, "steps over which the learning rate rises")
+    ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
+    kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
+    thumbnail: float = setting(0.1, "weight of the VAE's term that makes three latents a thumbnail of the frame")
+    latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
+    text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
+    precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
+    gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
+    cache: int = setting(2400, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
+    save_every: int = setting(500, "steps between checkpoints")
+    sample_every: int = setting(500, "steps between pictures in OUT/samples; 0 = none")
+    seed: int = setting(0, "of weights, data and noise")
+
+    def steps(self, stage: str) -> int:
+        """Of a stage."""
+        return {"vae": self.vae_steps, "image": self.image_steps, "video": self.video_steps}[stage]
+
+
+# where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
+PRESET_SETTINGS = {
+    "tiny": {},
+    "small": {"muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+              "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
+              "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
+    "paper": {"muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+              "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
+              "precision": "bf16", "gradient_checkpointing": True,
+              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
+}
+
+
+def read_flags(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The command line -> (--out, --resume, --device) and the settings that were given, by name."""
+    parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags every stage, on shapes.")
+    for f in fields(Settings):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
+    parser.add_argument("--out", help="folder of the run (default: runs/shapes, runs/shapes-2, ..., a new one)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    flags = parser.parse_args(arguments)
+    return flags, {f.name: getattr(flags, f.name) for f in fields(Settings) if hasattr(flags, f.name)}
+
+
+def check(s: Settings) -> None:
+    """Raises InputError for a setting out of range, before anything is made."""
+    if s.preset not in PRESETS:
+        raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
+    if s.stage not in ("", *STAGES):
+        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(STAGES)}, or none for all')
+    if s.precision not in ("fp32", "bf16"):
+        raise InputError(f'--precision "{s.precision}": use fp32 or bf16')
+    if s.train not in ("all", "new"):
+        raise InputError(f'--train "{s.train}": use all or new')
+    if s.train == "new" and s.stage != "video":
+        raise InputError("--train new: the image stage has no new parts; add --stage video")
+    if s.stage in ("image", "video") and not s.init_from:
+        raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
+    at_least_one = ("batch_size", "vae_batch_size", "save_every")
+    for f in fields(Settings):
+        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
+        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62
+        if f.type is not str and not least <= value <= most:
+            raise InputError(f"{flag} {value}: must be at least {least}{' and at most 1' if most == 1 else ''}")
