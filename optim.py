@@ -57,14 +57,15 @@ def orthogonal(m: Tensor) -> Tensor:
 def make_optimizers(model: nn.Module, groups: list[dict], muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW, and with `muon` Muon beside it for the matrices among the weights of `groups` ("params", "factor").
 
-    The first and last layers, embeddings, biases, norms and adaptors are AdamW's always.
+    The first and last layers, embeddings, biases, norms and adaptors are AdamW's always; "factor" times the learning
+    rate is for them, since Muon's steps are as large as they should be.
     """
     matrices = {id(module.weight) for name, module in model.named_modules()
                 if muon and isinstance(module, MATRICES) and name.split(".")[-1] not in ("conv_in", "conv_out")}
     split = [[{**group, "params": [p for p in group["params"] if (id(p) in matrices) == kind]} for group in groups]
              for kind in (False, True)]
     adamw = torch.optim.AdamW(split[0], betas=(0.9, 0.99), weight_decay=0.0)
-    return [adamw, Muon(split[1])] if muon else [adamw]
+    return [adamw, Muon([{**group, "factor": 1.0} for group in split[1]])] if muon else [adamw]
 
 
 def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:

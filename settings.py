@@ -32,7 +32,7 @@ class Settings:
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
     muon_lr: float = setting(0.02, "the same of the matrices, which Muon moves; 0 = AdamW moves them as all else")
-    new_parts_lr: float = setting(1.0, "how much faster adaptors, temporal attention and FPS learn in stage video")
+    new_parts_lr: float = setting(5.0, "how much faster new parts (adaptors above all) learn where AdamW moves them")
     vae_lr: float = setting(3e-3, "the same for the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")

@@ -84,5 +84,5 @@ def test_hidden_matrices_are_muons_and_all_else_is_adamws():
                and "adaptor" not in name and "conv_in" not in name and "conv_out" not in name for name in of_muon)
     assert {"unet.mid_block.resnets.0.conv1.weight", "unet.mid_block.attentions.0.proj_in.weight",
             "unet.mid_block.temporal_attentions.0.to_q.weight"} <= set(of_muon)
-    assert adamw.param_groups[0]["factor"] == muon.param_groups[0]["factor"] == 2.0
+    assert adamw.param_groups[0]["factor"] == 2.0 and muon.param_groups[0]["factor"] == 1.0
     assert [type(o) for o in optim.make_optimizers(model, groups, muon=False)] == [torch.optim.AdamW]
