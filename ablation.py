@@ -134,9 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The paper's claims at home, each a set of short trainings.")
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every arm")
-    parser.add_argument("--image-steps", type=int, default=300, help="of the image stage that arms start from")
-    parser.add_argument("--video-steps", type=int, default=500, help="of every arm")
-    parser.add_argument("--cache", type=int, default=900, help="clips encoded once, as in train.py")
+    parser.add_argument("--image-steps", type=int, default=250, help="of the image stage that arms start from")
+    parser.add_argument("--video-steps", type=int, default=350, help="of every arm")
+    parser.add_argument("--cache", type=int, default=600, help="clips encoded once, as in train.py")
     parser.add_argument("--out", default="runs/ablation", help="folder of all runs; what is in it is not run again")
     flags = parser.parse_args(arguments)
     if flags.seeds < 1:

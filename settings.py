@@ -27,7 +27,7 @@ class Settings:
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
     vae_steps: int = setting(800, "steps of stage vae, 0 leaves it out")
     image_steps: int = setting(1200, "the same of stage image")
-    video_steps: int = setting(3500, "the same of stage video")
+    video_steps: int = setting(4200, "the same of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
