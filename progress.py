@@ -23,6 +23,12 @@ def by_band(errors: Tensor, t: Tensor, steps: int) -> list[float | None]:
     return [float(errors[band == i].mean()) if (band == i).any() else None for i in range(BANDS)]
 
 
+def mean_bands(parts: list[list[float | None]]) -> list[float | None]:
+    """The bands of a batch's parts -> of the batch: the mean of those that have frames in a band."""
+    seen = [[value for value in band if value is not None] for band in zip(*parts)]
+    return [sum(band) / len(band) if band else None for band in seen]
+
+
 def log(path: Path, stage: str, step: int, loss: float, rate: float, seconds: float,
         bands: list[float | None] = ()) -> None:
     """Adds a line to log.csv; `seconds` count from the start, or resumption, of the stage."""

@@ -30,6 +30,7 @@ class Settings:
     video_steps: int = setting(4200, "the same of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
+    parts: int = setting(2, "parts of a U-Net batch: on a CPU side by side, on a GPU in turn (less memory)")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
     muon_lr: float = setting(0.02, "the same of the matrices, which Muon moves; 0 = AdamW moves them as all else")
     new_parts_lr: float = setting(5.0, "how much faster new parts (adaptors above all) learn where AdamW moves them")
@@ -55,10 +56,10 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "small": {"parts": 1, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
+    "paper": {"parts": 1, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
               "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
               "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
@@ -93,7 +94,7 @@ def check(s: Settings) -> None:
         raise InputError("--train new: the image stage has no new parts; add --stage video")
     if s.stage in ("image", "video") and not s.init_from:
         raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
-    at_least_one = ("batch_size", "vae_batch_size", "save_every")
+    at_least_one = ("batch_size", "vae_batch_size", "parts", "save_every")
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
         least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62

@@ -8,18 +8,22 @@ A stage trains its parts, keeps a moving average of their weights, and hands tha
 random in a step is drawn from (seed, stage, step), so a resumed run goes on as if it had never stopped.
 """
 
+import ctypes
 import json
 import math
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -27,7 +31,7 @@ from data import ClipFolder, InputError, ShapesDataset
 from diffusion import normal
 from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
 from optim import MovingAverage, learning_rate, make_optimizers
-from progress import by_band, curves, log, picture
+from progress import by_band, curves, log, mean_bands, picture
 from settings import PRESET_SETTINGS, STAGES, Settings, check, read_flags
 from unet3d import Level
 
@@ -105,29 +109,35 @@ def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
     return F.mse_loss(mean[:, :, :3], small) + free.square().mean()
 
 
-def unet_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> tuple[Tensor, list]:
-    """The diffusion loss on one batch: of clips (b, f, ...), or in stage image of as many frames (b*f, 1, ...).
+def unet_batch(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> list[tuple]:
+    """A step's batch, (mean, logvar, caption, fps) of every clip, or in stage image of as many frames: f a clip.
 
     Those frames are from different clips where latents are cached; to decode a clip for one frame would be a waste.
-    Second comes the same loss by bands of t, for the log.
     """
     place, f = STAGES.index(stage), model.config.unet.frames
-    generator = rng(s.seed, place, 1, step)
     spread = f if stage == "image" and isinstance(clips, Latents) else 1  # items a clip is split into
     batch = []
     for epoch, i in indices(len(clips) * spread, s.batch_size * spread, step, s.seed, place):
         clips.set_epoch(epoch)
         item = clips[i // spread]
         item = item if "mean" in item else encode(model, item)
-        part = slice(i % spread, i % spread + 1) if spread > 1 else slice(None)
-        batch.append((item["mean"][part], item["logvar"][part], item["caption"], item["fps"]))
+        cuts = [slice(None)]  # all frames together
+        if stage == "image":
+            cuts = [slice(k, k + 1) for k in ([i % f] if spread > 1 else range(f))]
+        batch += [(item["mean"][cut], item["logvar"][cut], item["caption"], item["fps"]) for cut in cuts]
+    return batch
+
+
+def unet_loss(model: MagicVideo, batch: list[tuple], generator: torch.Generator, s: Settings,
+              stage: str) -> tuple[Tensor, list]:
+    """The diffusion loss on a batch, or a part of one, of clips (b, f, ...) or frames (b, 1, ...).
+
+    Second comes the same loss by bands of t, for the log.
+    """
     means, logvars, captions, fps = zip(*batch)
-    mean, logvar = torch.stack(means).to(model.device), torch.stack(logvars).to(model.device)
-    if stage == "image" and spread == 1:
-        captions = [caption for caption in captions for _ in range(f)]
-        mean, logvar = (part.flatten(0, 1)[:, None] for part in (mean, logvar))  # (b*f, 1, 4, h/8, w/8)
+    mean, logvar = torch.stack(means).to(model.device), torch.stack(logvars).to(model.device)  # (b, f, 4, h/8, w/8)
     noise = s.latent_noise * normal(mean.shape, generator).to(mean)
-    z0 = model.vae.sample_latents(mean, logvar, noise)  # (b, f, 4, h/8, w/8)
+    z0 = model.vae.sample_latents(mean, logvar, noise)
     kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
     context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
     rate = torch.tensor(fps, device=model.device) if stage == "video" else None
@@ -162,6 +172,31 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
     if stage == "video":
         groups.append({"params": new, "factor": s.new_parts_lr})
     return groups
+
+
+def backward(losses: list[Callable], parameters: list[nn.Parameter], pool: ThreadPoolExecutor,
+             autocast: Callable) -> tuple[float, list]:
+    """Mean of the losses of a batch's parts, its gradients into p.grad; second their mean bands (ours).
+
+    On a CPU each core takes a part of its own, since two cores share the small products of a small network badly; on a
+    GPU one part follows the other, which is gradient accumulation: as large a batch in less memory.
+    """
+    def run(loss: Callable) -> tuple:
+        with autocast():
+            value, bands = loss()
+        return value.item(), bands, torch.autograd.grad(value / len(losses), parameters, allow_unused=True)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // len(losses)))
+    values, bands = [], []
+    for value, of_part, gradients in pool.map(run, losses):
+        for p, gradient in zip(parameters, gradients):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        values.append(value)
+        bands.append(of_part)
+    torch.set_num_threads(threads)
+    return sum(values) / len(values), mean_bands(bands)
 
 
 def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
@@ -209,31 +244,34 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
         average.values = [value.to(model.device) for value in resumed["average"]]
+    autocast = partial(torch.autocast, model.device.type, torch.bfloat16, s.precision == "bf16", cache_enabled=False)
+    workers = s.parts if model.device.type == "cpu" else 1
     started = time.time()
     bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True)
-    with stop_signals() as stop:
+    with stop_signals() as stop, ThreadPoolExecutor(workers, "part", torch.set_flush_denormal, (True,)) as pool:
         for step in bar:
             for optimizer, top in zip(optimizers, (highest, s.muon_lr)):
                 for group in optimizer.param_groups:
                     group["lr"] = group["factor"] * learning_rate(step, steps, top, s.warmup)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
-                if stage == "vae":
-                    loss, bands = vae_loss(model, source, step, s), []
-                else:
-                    loss, bands = unet_loss(model, source, step, s, stage)
-            if not math.isfinite(loss.item()):
-                raise InputError(f"the loss is {loss.item()} at step {step} of stage {stage}: lower "
+            if stage == "vae":
+                losses = [lambda: (vae_loss(model, source, step, s), [])]
+            else:
+                batch, place = unet_batch(model, source, step, s, stage), STAGES.index(stage)
+                losses = [partial(unet_loss, model, batch[k :: s.parts], rng(s.seed, place, 1, step, k), s, stage)
+                          for k in range(min(s.parts, len(batch)))]
+            loss, bands = backward(losses, parameters, pool, autocast)
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step} of stage {stage}: lower "
                                  f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
-            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             average.update()
 
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             rate, seconds = optimizers[0].param_groups[0]["lr"], time.time() - started
-            log(out / "log.csv", stage, step + 1, loss.item(), rate, seconds, bands)
+            log(out / "log.csv", stage, step + 1, loss, rate, seconds, bands)
             stopping, last = bool(stop), step + 1 == steps  # a signal from here on is for the next step
             save = last or stopping or (step + 1) % s.save_every == 0
             show = s.sample_every and (last or (step + 1) % s.sample_every == 0)
@@ -263,6 +301,14 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
 # A run
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep what tensors free for those of the next step, where each step had pages zeroed anew (ours)."""
+    with suppress(OSError, TypeError, AttributeError):  # systems without glibc do as they do
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no large blocks of their own, which go back to the kernel at once
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def new_folder(name: str) -> Path:
     """runs/NAME, or runs/NAME-2, -3 and so on: the first that does not exist."""
     folder, n = Path("runs") / name, 1
@@ -276,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Set-up, the stages, a last line that says where everything is."""
     flags, given = read_flags(arguments)
     torch.set_flush_denormal(True)  # numbers near zero, which many weights become, would make a CPU slow
+    keep_freed_memory()
     device = choose_device(flags.device)
 
     # three ways to start: from a run's checkpoint, from a model, from nothing

@@ -8,7 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 
 import train
 from clip_text import CLIPTextConfig
-from conftest import randn, shaken
+from conftest import close, randn, shaken
 from data import InputError, ShapesDataset, write_clip
 from diffusion import Diffusion, DiffusionConfig
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
@@ -205,13 +208,19 @@ def test_the_papers_sizes_take_a_step_of_two_frames():
     torch.set_num_threads(os.cpu_count())
     try:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            loss, _ = train.unet_loss(model, ShapesDataset("train", 2, 256), 0, s, "video")
+            loss, _ = unet_loss(model, ShapesDataset("train", 2, 256), 0, s, "video")
         loss.backward()
     finally:
         torch.set_num_threads(torch_threads)
     assert math.isfinite(loss.item()) and sum(p.numel() for p in parameters) == 51_883_856
     torch.optim.AdamW(parameters, lr=1e-4).step()
     assert all(p.isfinite().all() for p in parameters)
+
+
+def unet_loss(model, clips, step, s, stage):
+    """The loss of a whole batch and its bands."""
+    batch = train.unet_batch(model, clips, step, s, stage)
+    return train.unet_loss(model, batch, train.rng(s.seed, 1, 1, step), s, stage)
 
 
 def test_gradient_checkpointing_is_asked_for_by_its_flag_and_keeps_less(monkeypatch):
@@ -238,12 +247,41 @@ def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
     seen = {}
     monkeypatch.setattr(model.diffusion, "errors", lambda unet, z0, context, fps, generator: seen.update(
         shape=z0.shape, fps=fps) or (z0.sum((2, 3, 4)), torch.zeros(z0.shape[:2], dtype=torch.long)))
-    train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
+    unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
     assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
-    train.unet_loss(model, train.Latents(model, clips, 8), 0, train.Settings(batch_size=2), "image")
+    unet_loss(model, train.Latents(model, clips, 8), 0, train.Settings(batch_size=2), "image")
     assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
-    train.unet_loss(model, clips, 0, train.Settings(batch_size=2), "video")
+    unet_loss(model, clips, 0, train.Settings(batch_size=2), "video")
     assert seen["shape"] == (2, 4, 4, 4, 4) and seen["fps"].shape == (2,)
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole():
+    unet = shaken(UNet3D(PRESETS["tiny"].unet))
+    parameters, found = list(unet.parameters()), {}
+    z, t, context, fps = randn(4, 4, 4, 4, 4), torch.arange(100, 900, 200), randn(4, 5, 32), torch.full((4,), 8.0)
+
+    def loss(part):
+        return unet(z[part], t[part], context[part], fps[part]).square().mean(), [1.0, None]
+
+    for count in (1, 2, 4):
+        with ThreadPoolExecutor(count) as pool:
+            losses = [partial(loss, slice(k, None, count)) for k in range(count)]
+            value, bands = train.backward(losses, parameters, pool, nullcontext)
+        assert bands == [1.0, None]
+        found[count] = [torch.tensor(value), *(p.grad for p in parameters)]
+        unet.zero_grad()
+    for count in (2, 4):
+        assert all(close(whole, part, 1e-9) for whole, part in zip(found[1], found[count]))
+    assert all(gradient.abs().max() > 1e-9 for gradient in found[1])
+
+
+def test_bf16_reaches_the_threads_that_compute_parts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "unet_loss", lambda model, *_: seen.append(torch.is_autocast_enabled("cpu")) or (
+        model.unet.conv_in.weight.square().sum(), [None] * 4))
+    for precision in ("fp32", "bf16"):
+        train.main([*SHORT, "--out", precision, "--precision", precision, "--sample-every", "0"])
+    assert seen == [False] * 8 + [True] * 8  # two stages of two steps in two parts
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -279,7 +317,7 @@ def test_captions_are_left_out_as_often_as_asked(monkeypatch):
     clips = train.Latents(model, ShapesDataset("train", 4, 32), 4)
     with torch.no_grad():
         for step in range(25):
-            train.unet_loss(model, clips, step, train.Settings(batch_size=40, text_dropout=0.25), "video")
+            unet_loss(model, clips, step, train.Settings(batch_size=40, text_dropout=0.25), "video")
     assert 0.2 < seen.count("") / len(seen) < 0.3
 
 
