@@ -53,7 +53,7 @@ class Diffusion:
         Below step 0 it is `done`, by default that of step 0 (matches SD).
         """
         t = torch.as_tensor(t).cpu()
-        alpha = self.alphas_cumprod[t.clamp(min=0)]
+        alpha = self.alphas_cumprod[t.clamp(0, self.config.steps - 1)]
         alpha = alpha if done is None else torch.where(t < 0, done, alpha)
         return alpha.view(*alpha.shape, *[1] * (like.ndim - alpha.ndim)).to(like.device)
 
@@ -63,7 +63,9 @@ class Diffusion:
         return alpha.sqrt().to(like), (1 - alpha).sqrt().to(like)
 
     def frame_steps(self, t: Tensor, frames: int, fps: Tensor | None) -> Tensor:
-        """Step t (b,) of a clip -> the steps of its frames (b, f), below 0 where a frame is done; t itself without lag.
+        """Step t (b,) of a clip -> those of its frames (b, f); t itself without lag.
+
+        Below 0 a frame is done, above T-1 it is pure noise until its turn comes.
 
         A causal frame cannot give way to a later one: where all are equally noisy, each settles for a place of its own
         and the object jumps. With a lag, frames settle in turn, and each sees those before it more clearly than
@@ -74,7 +76,7 @@ class Diffusion:
             return t
         # 0 .. T-1 is stretched over 0 .. T-1 + lag (f - 1); frame i is lag (f - i) steps ahead of the last one
         stretched = t + t * lag * (frames - 1) // last
-        return (stretched[:, None] - lag * torch.arange(frames - 1, -1, -1)).clamp(max=last)
+        return stretched[:, None] - lag * torch.arange(frames - 1, -1, -1)
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) or (b, f) -> z_t (b, f, c, h, w)."""
@@ -88,17 +90,17 @@ class Diffusion:
 
         z0 (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model -> scalar. With "v_prediction" the
         network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022); with a
-        `frame_lag`, frames that are done are left out (both ours).
+        `frame_lag`, frames whose turn is over or has not come are left out: sampling does not ask for them (both ours).
         """
         errors, t = self.errors(model, z0, context, fps, generator)
         return errors[t >= 0].mean()
 
     def errors(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What `loss` averages: each frame's squared error (b, f), and its step (b, f), below 0 where it is done."""
+        """What `loss` averages: each frame's squared error (b, f), and its step (b, f), -1 where it is left out."""
         drawn = torch.randint(self.config.steps, (len(z0),), generator=generator)  # (b,)
         drawn = self.frame_steps(drawn, z0.shape[1], fps)  # (b,) or (b, f)
-        t = drawn.clamp(min=0)
+        t = drawn.clamp(0, self.config.steps - 1)
         eps = normal(z0.shape, generator).to(z0)
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
@@ -106,7 +108,8 @@ class Diffusion:
             signal, noise = self.coefficients(t, z0)
             target = signal * eps - noise * z0
         errors = (predicted.float() - target.float()).square().mean((2, 3, 4))  # (b, f)
-        return errors, drawn.view(len(drawn), -1).expand(errors.shape).to(errors.device)
+        t = torch.where(drawn == t, t, -1)
+        return errors, t.view(len(t), -1).expand(errors.shape).to(errors.device)
 
     @torch.no_grad()
     def sample(self, model: Callable, shape: tuple[int, ...], context: Tensor, uncond: Tensor, fps: Tensor | None,
@@ -133,7 +136,7 @@ class Diffusion:
             else:
                 stepped = self.ddpm_step(z, output, t, previous, eps)
             # frames that are done, or whose turn has not come, stay as they are
-            moves = ((previous < t) & (t >= 0)).view(*t.shape, *[1] * (z.ndim - t.ndim))
+            moves = ((previous < self.config.steps - 1) & (t >= 0)).view(*t.shape, *[1] * (z.ndim - t.ndim))
             z = torch.where(moves.to(z.device), stepped, z)
         return z
 
@@ -149,7 +152,7 @@ class Diffusion:
     def guided(self, model: Callable, z: Tensor, t: Tensor | int, context: Tensor, uncond: Tensor, fps: Tensor | None,
                guidance: float) -> Tensor:
         """Classifier-free guidance: the network's output pushed away from the one without text, shape of z."""
-        t = torch.as_tensor(t).clamp(min=0)
+        t = torch.as_tensor(t).clamp(0, self.config.steps - 1)
         t = (t if t.ndim else t.expand(len(z))).to(z.device)  # (b,) or (b, f)
         if guidance == 1:
             return model(z, t, context, fps)
