@@ -112,7 +112,7 @@ def follows(arm: str, seed: int, flags: argparse.Namespace) -> dict:
     model = train(folder, "--stage", "video", "--init-from", start, "--seed", seed, "--video-steps", steps,
                   "--cache", flags.cache, *(["--freeze", FREEZE[arm]] if arm in FREEZE else []))
     if not (folder / "results.json").exists():
-        run("evaluate.py", "--checkpoint", model, "--split", "test", "--seeds", 2, "--steps", 25, "--out", folder)
+        run("evaluate.py", "--checkpoint", model, "--split", "test", "--seeds", 1, "--steps", 25, "--out", folder)
     held_out = json.loads((folder / "results.json").read_text())["rows"][0]
     return {**{word: held_out[word]["rate"] for word in WORDS}, "error": held_out_error(model), "video steps": steps,
             "seconds": time + seconds(folder)}
@@ -134,8 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The paper's claims at home, each a set of short trainings.")
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every arm")
-    parser.add_argument("--image-steps", type=int, default=250, help="of the image stage that arms start from")
-    parser.add_argument("--video-steps", type=int, default=350, help="of every arm")
+    parser.add_argument("--image-steps", type=int, default=150, help="of the image stage that arms start from")
+    parser.add_argument("--video-steps", type=int, default=200, help="of every arm")
     parser.add_argument("--cache", type=int, default=600, help="clips encoded once, as in train.py")
     parser.add_argument("--out", default="runs/ablation", help="folder of all runs; what is in it is not run again")
     flags = parser.parse_args(arguments)
