@@ -141,10 +141,15 @@ class Diffusion:
         return z
 
     def timesteps(self, steps: int) -> list[int]:
-        """The visited t, high to low: "leading" spacing with offset 1, 50 steps are 981, 961 .. 1 (matches SD)."""
+        """The visited t, high to low: "leading" spacing with offset 1, 50 steps are 981, 961 .. 1 (matches SD).
+
+        Where z_T is pure noise the first must be T-1: "trailing" spacing, 999, 979 .. 19 (Lin et al. 2023).
+        """
         total = self.config.steps
         if not 1 <= steps <= total:
             raise ValueError(f"{steps} sampling steps asked for: give 1 to {total}")
+        if self.config.zero_terminal_snr:
+            return [round(total - i * total / steps) - 1 for i in range(steps)]
         stride = total // steps
         offset = 1 if (steps - 1) * stride + 1 < total else 0  # all 1000 steps: 999 .. 0, there is no step 1000
         return [i * stride + offset for i in reversed(range(steps))]

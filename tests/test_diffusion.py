@@ -262,6 +262,15 @@ def test_the_visited_steps_are_those_of_diffusers(sampler, steps):
     assert Diffusion().timesteps(steps) == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("steps", [1, 7, 10, 50, 300, 501, 1000])
+def test_where_the_last_step_is_pure_noise_sampling_begins_there_as_in_diffusers_trailing_spacing(sampler, steps):
+    scheduler = diffusers_scheduler(sampler)
+    scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert Diffusion(LAGGED).timesteps(steps) == scheduler.timesteps.tolist()
+
+
 def test_all_1000_steps_are_visited_where_diffusers_asks_for_a_step_1000_that_does_not_exist():
     scheduler = diffusers_scheduler("ddim")
     scheduler.set_timesteps(1000)
