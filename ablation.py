@@ -82,7 +82,7 @@ def fresh(vae_path: Path, path: Path, seed: int) -> Path:
 
 
 @torch.no_grad()
-def held_out_error(path: Path, clips: int = 240) -> float:
+def held_out_error(path: Path, clips: int = 120) -> float:
     """The training loss of a model on clips of held-out captions, with the same noise for every model."""
     model, generator = MagicVideo.load(path), torch.Generator().manual_seed(0)
     dataset, errors, steps = ShapesDataset("test", model.config.unet.frames, model.config.size, 1, length=clips), [], []
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every arm")
     parser.add_argument("--image-steps", type=int, default=150, help="of the image stage that arms start from")
-    parser.add_argument("--video-steps", type=int, default=200, help="of every arm")
-    parser.add_argument("--cache", type=int, default=600, help="clips encoded once, as in train.py")
+    parser.add_argument("--video-steps", type=int, default=150, help="of every arm")
+    parser.add_argument("--cache", type=int, default=400, help="clips encoded once, as in train.py")
     parser.add_argument("--out", default="runs/ablation", help="folder of all runs; what is in it is not run again")
     flags = parser.parse_args(arguments)
     if flags.seeds < 1:

@@ -44,7 +44,7 @@ PRESETS = {
         unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=2, groups=8, context_width=96,
                         frames=8),
         diffusion=DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction", frame_lag=100,
-                                  guidance_power=2.0, guidance_rescale=1.0),
+                                  guidance_power=5.0, guidance_rescale=1.0),
     ),
     # one GPU, from scratch on people's own clips: 16 frames of 128 x 128
     "small": MagicVideoConfig(

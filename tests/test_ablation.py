@@ -79,7 +79,7 @@ def test_every_arm_runs_the_commands_of_its_claim_and_none_twice(trained, tmp_pa
     outs = [command[command.index("--out") + 1] for command in commands if command[0] == "train.py"]
     assert len(outs) == len(set(outs)) == 1 + 2 + 2 * 7 + 2 * 2  # the VAE, images, arms, VAEs of "flicker"
     scratch = next(c for c in commands if "from-scratch-0" in c[c.index("--out") + 1] and c[0] == "train.py")
-    assert scratch[scratch.index("--video-steps") + 1] == "400"  # 20 s of image stage and 20 s of 200 steps
+    assert scratch[scratch.index("--video-steps") + 1] == "300"  # 20 s of image stage and 20 s of 150 steps
     results = json.loads((tmp_path / "out" / "start.json").read_text())
     assert results["arms"]["whole"][1]["seconds"] == 40 and len(results["arms"]["from scratch"]) == 2
     errors = [row["error"] for row in results["arms"]["whole"]]

@@ -17,6 +17,11 @@ def test_the_loss_is_kept_by_band_of_t_and_a_band_without_frames_is_empty():
     assert progress.by_band(errors, t, 1000) == [124.5, 374.5, 624.5, 874.5]
 
 
+def test_the_bands_of_parts_are_averaged_and_a_band_that_no_part_has_stays_empty():
+    assert progress.mean_bands([[1.0, None, 3.0, None], [2.0, 5.0, 4.0, None]]) == [1.5, 5.0, 3.5, None]
+    assert progress.mean_bands([[]]) == []
+
+
 def test_the_log_is_a_table_with_one_line_a_step(tmp_path):
     path = tmp_path / "new" / "log.csv"
     progress.log(path, "vae", 1, 0.5, 1e-3, 2.0)

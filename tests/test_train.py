@@ -1,6 +1,7 @@
 """Training: the stages, the files they write, stopping and going on, and that it learns."""
 
 import csv
+import ctypes
 import importlib.util
 import math
 import os
@@ -13,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,6 +284,12 @@ def test_bf16_reaches_the_threads_that_compute_parts(monkeypatch):
     for precision in ("fp32", "bf16"):
         train.main([*SHORT, "--out", precision, "--precision", precision, "--sample-every", "0"])
     assert seen == [False] * 8 + [True] * 8  # two stages of two steps in two parts
+
+
+@pytest.mark.parametrize("library", [lambda _: object(), lambda _: ctypes.CDLL("no such library")])
+def test_a_system_without_glibc_keeps_no_freed_memory_and_says_nothing(monkeypatch, library):
+    monkeypatch.setattr(train, "ctypes", SimpleNamespace(CDLL=library))
+    train.keep_freed_memory()
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
