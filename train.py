@@ -76,7 +76,7 @@ class Latents(list):
 
 
 def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tensor:
-    """Reconstruction + KL on one batch (paper §3, VideoVAE; squared error is ours, SD's perceptual terms need weights).
+    """Reconstruction + KL on one batch (paper §3, VideoVAE; squared error: ours, SD's perceptual terms need weights).
 
     Single frames of different clips at first, since frames of one clip teach little more than one of them does; whole
     clips in the last fifth of the steps, for the temporal layers (ours).
@@ -122,7 +122,7 @@ def unet_batch(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage:
         item = clips[i // spread]
         item = item if "mean" in item else encode(model, item)
         cuts = [slice(None)]  # all frames together
-        if stage == "image":
+        if stage == "image":  # one by itself, or of a clip that was decoded for them each by itself
             cuts = [slice(k, k + 1) for k in ([i % f] if spread > 1 else range(f))]
         batch += [(item["mean"][cut], item["logvar"][cut], item["caption"], item["fps"]) for cut in cuts]
     return batch
@@ -176,7 +176,7 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
 
 def backward(losses: list[Callable], parameters: list[nn.Parameter], pool: ThreadPoolExecutor,
              autocast: Callable) -> tuple[float, list]:
-    """Mean of the losses of a batch's parts, its gradients into p.grad; second their mean bands (ours).
+    """Losses of a batch's parts -> their mean, its gradients going into p.grad, and their mean bands (ours).
 
     On a CPU each core takes a part of its own, since two cores share the small products of a small network badly; on a
     GPU one part follows the other, which is gradient accumulation: as large a batch in less memory.
