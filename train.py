@@ -78,10 +78,12 @@ class Latents(list):
 def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tensor:
     """Reconstruction + KL on one batch (paper §3, VideoVAE; squared error: ours, SD's perceptual terms need weights).
 
-    Single frames of different clips at first, since frames of one clip teach little more than one of them does; whole
-    clips in the last fifth of the steps, for the temporal layers (ours).
+    Single frames of different clips at first, without the temporal layers, since frames of one clip teach little more
+    than one of them does; whole clips, for these layers, in the last fifth of the steps, and in all where the image
+    part stays as it is (ours).
     """
-    f = 1 if step < 0.8 * s.vae_steps else clips.frames
+    image = any(p.requires_grad for name, p in model.vae.named_parameters() if not is_new_part(name))
+    f = 1 if image and step < 0.8 * s.vae_steps else clips.frames
     generator, videos = rng(s.seed, 0, 1, step), []
     for epoch, i in indices(len(clips), max(1, s.vae_batch_size // f), step, s.seed, 0):
         clips.set_epoch(epoch)
@@ -92,8 +94,9 @@ def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tenso
     z = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))
     # KL(q(z | frame) || N(0, 1)) per latent number
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    loss = F.mse_loss(model.vae.decode(z), video) + s.kl_weight * kl
-    return loss + (s.thumbnail * thumbnail_term(mean, video) if s.thumbnail else 0)
+    loss = F.mse_loss(model.vae.decode(z, temporal=f > 1), video) + s.kl_weight * kl
+    # frames of one clip are too much alike to say how latents vary
+    return loss + (s.thumbnail * thumbnail_term(mean, video) if s.thumbnail and f == 1 else 0)
 
 
 def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:

@@ -62,11 +62,14 @@ class VideoVAE(nn.Module):
         """z = (mean + sigma * eps) * scaling_factor, all of one shape: latents as diffusion sees them (matches SD)."""
         return (mean + (0.5 * logvar).exp() * eps) * self.config.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (b, f, 4, h, w) -> video (b, f, 3, 8h, 8w), about [-1, 1], not clamped."""
+    def decode(self, latents: Tensor, temporal: bool = True) -> Tensor:
+        """Scaled latents (b, f, 4, h, w) -> video (b, f, 3, 8h, 8w), about [-1, 1], not clamped.
+
+        Without the `temporal` layers it is the image decoder, frame by frame (matches SD).
+        """
         b, f = latents.shape[:2]
         x = self.post_quant_conv((latents / self.config.scaling_factor).flatten(0, 1))  # (b*f, 4, h, w)
-        return self.decoder(x, f).unflatten(0, (b, f))
+        return self.decoder(x, f, temporal).unflatten(0, (b, f))
 
 
 class Encoder(nn.Module):
@@ -110,11 +113,12 @@ class Decoder(nn.Module):
             DirectedTemporalAttention(c[0], heads=1) for _ in range(2 * config.temporal_attention))
         self.temporal_convs = nn.ModuleList(TemporalConv(c[0]) for _ in range(2 * config.temporal_conv))
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        x = self.temporal(0, self.mid_block(self.conv_in(x)), frames)
+    def forward(self, x: Tensor, frames: int, temporal: bool = True) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        x = self.temporal(0, x, frames) if temporal else x
         for i, level in enumerate(self.up_blocks):
             x = level(x)  # (b*f, c, 2h, 2w)
-            if i == 0:
+            if i == 0 and temporal:
                 x = self.temporal(1, x, frames)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

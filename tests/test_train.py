@@ -354,7 +354,7 @@ def test_the_vae_loss_is_the_squared_error_the_divergence_of_its_posterior_and_t
     encode, decode = model.vae.encode, model.vae.decode
     monkeypatch.setattr(model.vae, "encode", lambda video: seen.setdefault(
         "posterior", encode(seen.setdefault("video", video))))
-    monkeypatch.setattr(model.vae, "decode", lambda z: seen.setdefault("decoded", decode(z)))
+    monkeypatch.setattr(model.vae, "decode", lambda z, temporal: seen.setdefault("decoded", decode(z)))
     loss = train.vae_loss(model, clips, 0, train.Settings(kl_weight=0.5, thumbnail=thumbnail))
     mean, logvar = seen["posterior"]
     normal = torch.distributions.Normal
@@ -367,14 +367,35 @@ def test_the_vae_loss_is_the_squared_error_the_divergence_of_its_posterior_and_t
     torch.testing.assert_close(loss, expected)
 
 
-def test_the_vae_sees_single_frames_first_and_whole_clips_last():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_vae_sees_single_frames_first_and_whole_clips_last_unless_its_image_part_is_frozen(frozen):
     model, clips, s = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32), train.Settings(vae_steps=10)
+    for name, p in model.vae.named_parameters():
+        p.requires_grad_("temporal" in name or not frozen)
     shapes = []
     zeros = torch.zeros
     model.vae.encode = lambda video: shapes.append(tuple(video.shape[:2])) or (zeros(*video.shape[:2], 4, 4, 4),) * 2
     for step in range(10):
         train.vae_loss(model, clips, step, s)
-    assert shapes == [(12, 1)] * 8 + [(3, 4)] * 2
+    assert shapes == ([(3, 4)] * 10 if frozen else [(12, 1)] * 8 + [(3, 4)] * 2)
+
+
+def test_the_vaes_temporal_layers_learn_from_clips_and_its_image_part_alone_from_single_frames():
+    model, clips, s = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32), train.Settings(vae_steps=10)
+    for p in model.vae.decoder.temporal_attentions.parameters():
+        torch.nn.init.normal_(p)  # else most gradients are zero
+    for step, moved in ((0, False), (9, True)):
+        model.zero_grad()
+        train.vae_loss(model, clips, step, s).backward()
+        assert all((p.grad is not None) == moved for p in model.vae.decoder.temporal_attentions.parameters())
+        assert model.vae.decoder.conv_out.weight.grad.abs().sum() > 0
+
+
+def test_frames_of_one_clip_are_no_measure_of_how_latents_vary():
+    model, clips = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32)
+    for step, counts in ((0, True), (9, False)):
+        losses = [train.vae_loss(model, clips, step, train.Settings(vae_steps=10, thumbnail=x)) for x in (0.0, 1.0)]
+        assert (losses[0] != losses[1]) == counts
 
 
 def test_one_clip_can_be_learned_by_heart():
