@@ -27,7 +27,7 @@ class Settings:
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
     vae_steps: int = setting(800, "steps of stage vae, 0 leaves it out")
     image_steps: int = setting(300, "the same of stage image")
-    video_steps: int = setting(3000, "the same of stage video")
+    video_steps: int = setting(3400, "the same of stage video")
     batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
     vae_batch_size: int = setting(12, "frames a step of stage vae")
     parts: int = setting(2, "parts of a U-Net batch: on a CPU side by side, on a GPU in turn (less memory)")
