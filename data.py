@@ -9,21 +9,16 @@ import io
 import json
 import math
 import os
-import re
-from contextlib import contextmanager
-from fractions import Fraction
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """A mistake of the user's: one line that names the file or flag and the remedy (ours)."""
-
+from clip_files import (ANIMATIONS, VIDEOS, InputError, check_clip_path, expand, grid, natural,  # noqa: F401
+                        read_clip, read_pictures, scan, strip, to_uint8, write_clip, write_image)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Frames and FPS: how both data sets cut a video (paper §3.2)
@@ -62,6 +57,10 @@ class _Clips(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int):
         """Draws every item anew, as torch's DistributedSampler has it: call it before iterating a loader."""
         self.epoch = epoch
+
+    def identity(self) -> str:
+        """All that the items depend on, for caches of what is made of them."""
+        return f"{type(self).__name__} {self.frames} {self.size} {self.seed} {self.fps} {len(self)}"
 
     def _rng(self, *item: int) -> np.random.Generator:
         return np.random.default_rng([self.seed % 2**32, self.epoch, *item])
@@ -161,10 +160,7 @@ def _coverage(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndar
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of clips, and reading one
 
-ANIMATIONS = (".gif", ".webp", ".png")  # by Pillow
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # by av
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
-FOLDER_RATE = 8  # frames a second of such a clip, which says none: the default of sampling
+SCAN_SECONDS = 30  # how long a start may take to decode clips, where it can do with headers
 
 
 class ClipFolder(_Clips):
@@ -175,32 +171,31 @@ class ClipFolder(_Clips):
     text; else from NAME.txt; else they are "", which trains the unconditional branch. Bytes that are not UTF-8 become
     U+FFFD. The centre square is resized. Names that start with "." are skipped. Item i depends on (seed, i, epoch).
 
-    The constructor decodes every clip to its end, once: InputError for one that is unreadable, cut off or shorter than
-    `frames`, for a caption of a missing clip, and for a folder without clips. IndexError past the end.
+    The constructor decodes clips to their ends, for SCAN_SECONDS at most, and reads headers alone of videos and folders
+    of images after that (`summary` says of how many). It raises InputError for a clip that is unreadable, cut off or
+    shorter than `frames`, for a caption of a missing clip, and for a folder without clips; so does [i] for what headers
+    did not tell. IndexError past the end.
     """
 
     def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0, fps: float | None = None):
         super().__init__(frames, size, seed, fps)
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise InputError(f"{path}: {'not a folder' if self.path.exists() else 'no such folder'}; name one of clips")
-        entries = sorted((e for e in self.path.iterdir() if not e.name.startswith(".")), key=_natural)
-        self.clips = [e for e in entries if e.is_dir() or e.suffix.lower() in ANIMATIONS + VIDEOS]
-        if not self.clips:
-            raise InputError(f"{path}: no clips in it; put {', '.join(ANIMATIONS + VIDEOS)} or folders of images there")
+        self.path, self.clips = Path(path), find_clips(path)
         self.captions, self.length = _read_captions(self.path, self.clips), len(self.clips)
-        # Frame j of clip k is the stored picture sources[k][j]; rates[k] frames make a second.
-        self.sources, self.rates, self.sizes = [], [], set()
+        # Frame j of clip k is the stored picture sources[k][j]; rates[k] frames make a second. Of videos times[k][i] is
+        # when picture i is shown.
+        self.sources, self.rates, self.times, self.sizes, self.decoded = [], [], [], set(), 0
+        started = time.monotonic()
         for clip in tqdm(self.clips, desc=f"reading {path}", unit="clip", leave=False, delay=2):
-            seconds = []
-            for frame, shown in _decode(clip):
-                seconds.append(shown)
-                self.sizes.add((frame.width, frame.height))
-            source, rate = _expand(seconds)
+            whole = time.monotonic() - started < SCAN_SECONDS
+            seconds, times, sizes = scan(clip, whole)
+            source, rate = expand(seconds, clip)
             if len(source) < frames:
                 raise InputError(f"{clip}: has {len(source)} of {frames} frames; remove it or lower --frames")
             self.sources.append(source)
             self.rates.append(rate)
+            self.times.append(times)
+            self.sizes |= sizes
+            self.decoded += whole
 
     def summary(self) -> str:
         """What was found, on one line: clips, captions, sizes, frames, rates."""
@@ -209,26 +204,53 @@ class ClipFolder(_Clips):
         lengths, rates = sorted(map(len, self.sources)), [f"{rate:.4g}" for rate in sorted(self.rates)]
         for unit, values in (("pixels", sizes), ("frames", lengths), ("frames a second", rates)):
             found += ", " + " to ".join(dict.fromkeys(str(end) for end in (values[0], values[-1]))) + f" {unit}"
+        if self.decoded < len(self):
+            found += f"; {len(self) - self.decoded} not decoded yet (--check-data decodes all)"
         return found
+
+    def identity(self) -> str:
+        """All that the items depend on: settings, and name, bytes and last change of every clip."""
+        found = ((clip.name, clip.stat().st_size, clip.stat().st_mtime_ns) for clip in self.clips)
+        return f"{super().identity()} {self.captions} {list(found)}"
 
     def __getitem__(self, i: int) -> dict:
         i = range(self.length)[i]
         source = self.sources[i]
         indices, fps = sample_frames(len(source), self.rates[i], self.frames, self._rng(i), self.fps)
         wanted = [int(source[j]) for j in indices]
-        pictures = {}
-        for k, (frame, _) in enumerate(_decode(self.clips[i])):
-            if k in wanted:
-                pictures[k] = _square(_rgb(frame), self.size)
-            if k == wanted[-1]:
-                break
-        video = np.stack([pictures[k] for k in wanted])                                        # (f, h, w, 3)
+        pictures = read_pictures(self.clips[i], wanted, self.times[i])
+        video = np.stack([_square(picture, self.size) for picture in pictures])                # (f, h, w, 3)
         video = torch.from_numpy(video).permute(0, 3, 1, 2) / 127.5 - 1                        # (f, 3, h, w)
         return {"video": video.contiguous(), "caption": self.captions[i], "fps": fps}
 
 
-def _natural(path: Path) -> list:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+def find_clips(path: str | Path) -> list[Path]:
+    """The clips of a folder in natural order; raises InputError where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; name one of clips")
+    entries = sorted((e for e in path.iterdir() if not e.name.startswith(".")), key=natural)
+    clips = [e for e in entries if e.is_dir() or e.suffix.lower() in ANIMATIONS + VIDEOS]
+    if not clips:
+        raise InputError(f"{path}: no clips in it; put {', '.join(ANIMATIONS + VIDEOS)} or folders of images there")
+    return clips
+
+
+def check_clips(path: str | Path, frames: int) -> list[str]:
+    """Decodes every clip of a folder to its end -> one line for each that cannot be used, and for its captions."""
+    bad, clips = [], find_clips(path)
+    for clip in tqdm(clips, desc=f"reading {path}", unit="clip", dynamic_ncols=True):
+        try:
+            found = len(expand(scan(clip, whole=True)[0], clip)[0])
+            if found < frames:
+                raise InputError(f"{clip}: has {found} of {frames} frames; remove it or lower --frames")
+        except InputError as error:
+            bad.append(str(error))
+    try:
+        _read_captions(Path(path), clips)
+    except InputError as error:
+        bad.append(str(error))
+    return bad
 
 
 def _square(picture: np.ndarray, size: int) -> np.ndarray:
@@ -268,176 +290,3 @@ def _rows(table: Path):
                 yield line, json.loads(content)
     except (json.JSONDecodeError, csv.Error) as error:
         raise InputError(f"{table}: line {line} cannot be read ({error}); correct it") from error
-
-
-def read_clip(path: str | Path) -> tuple[np.ndarray, float]:
-    """All frames of a clip, uint8 (n, h, w, 3), and how many make a second; raises InputError (ours).
-
-    GIF, WebP and APNG show each picture for its own time, and writers merge equal neighbours: a picture becomes as many
-    frames as its delay holds the shortest one, rounded. A delay of 0 is 100 ms, as in browsers. Alpha lies on black.
-    """
-    pictures, seconds = zip(*((_rgb(frame), shown) for frame, shown in _decode(Path(path))))
-    source, rate = _expand(seconds)
-    return np.stack([pictures[k] for k in source]), rate
-
-
-def _decode(path: Path):
-    """Decodes a clip to its end -> pairs (Pillow image or av frame, Fraction of seconds it is shown), at least one.
-
-    What cannot be read, whatever the decoder says about it, is an InputError.
-    """
-    file, frame = path, None
-    try:
-        if path.is_dir():
-            for file in sorted((e for e in path.iterdir() if e.suffix.lower() in IMAGES), key=_natural):
-                with Image.open(file) as frame:
-                    frame.load()
-                    yield frame, Fraction(1, FOLDER_RATE)
-        elif path.suffix.lower() in VIDEOS:
-            import av
-
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                for packet in container.demux(stream):
-                    if packet.is_corrupt:
-                        raise EOFError("cut off")
-                    for frame in packet.decode():
-                        yield frame, 1 / (stream.average_rate or stream.guessed_rate)
-        else:
-            with Image.open(path) as frame:
-                for k in range(getattr(frame, "n_frames", 1)):
-                    frame.seek(k)
-                    frame.load()
-                    yield frame, Fraction(frame.info.get("duration") or 100) / 1000
-                # To Pillow a GIF that ends between two pictures is a short one: only its last byte tells.
-                if frame.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
-                    raise EOFError("cut off")
-        if frame is None:
-            raise EOFError("no frames in it")
-    except Exception as error:
-        remedy = "pip install av" if isinstance(error, ImportError) else "replace or remove it"
-        raise InputError(f"{file}: cannot be read ({' '.join(str(error).split())}); {remedy}") from error
-
-
-def _rgb(frame) -> np.ndarray:
-    """A Pillow image or an av frame -> uint8 (h, w, 3), alpha on black."""
-    if not isinstance(frame, Image.Image):
-        return frame.to_ndarray(format="rgb24")
-    black = Image.new("RGBA", frame.size, (0, 0, 0, 255))
-    return np.asarray(Image.alpha_composite(black, frame.convert("RGBA")).convert("RGB"))
-
-
-def _expand(seconds: list[Fraction]):
-    """How long each stored picture is shown -> (the picture that each frame shows, frames a second)."""
-    shortest = min(seconds)
-    single = [s for s in seconds if s < shortest * 3 / 2]  # 120 and 130 ms in a GIF are one frame each, 8 a second
-    source = range(len(seconds))
-    if len(single) < len(seconds):
-        source = np.repeat(source, [round(s * len(single) / sum(single)) for s in seconds])
-    return source, float(len(source) / sum(seconds))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing and showing clips
-
-
-def to_uint8(video: Tensor) -> np.ndarray:
-    """Pixels in [-1, 1] (..., 3, h, w) -> uint8 (..., h, w, 3); what lies outside is clipped."""
-    video = ((video.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return video.movedim(-3, -1).contiguous().numpy()
-
-
-def check_clip_path(path: str | Path):
-    """Raises InputError if `write_clip` knows no such kind of clip, or lacks av for it: ask before the work."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".gif", ".webp", ".png", ".mp4"):
-        raise InputError(f"{path}: unknown kind of clip; end its name in .gif, .webp, .png or .mp4")
-    try:
-        if suffix == ".mp4":
-            import av  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{path}: cannot be written ({error}); pip install av, or choose .gif") from error
-
-
-def write_clip(path: str | Path, video: Tensor, fps: float):
-    """Writes a video (f, 3, h, w) in [-1, 1] as .gif, .webp (lossless), .png (animated) or .mp4 (ours).
-
-    Delays are whole milliseconds, in a GIF hundredths of a second; a frame starts within half of one of its time. A GIF
-    has one palette of 256 colors for all frames, without dithering. An MP4 is H.264 (MPEG-4 where av lacks libx264);
-    odd sizes grow by a pixel. The file appears when it is whole. Raises InputError.
-    """
-    check_clip_path(path)
-    path, pictures = Path(path), to_uint8(video)                                               # (f, h, w, 3)
-    f, h, w, _ = pictures.shape
-    suffix = path.suffix.lower()
-    tick = 10 if suffix == ".gif" else 1
-    if not 0 < fps <= 1000 / tick:
-        raise InputError(f"--fps {fps}: choose more than 0 and at most {1000 // tick} for {path}")
-    if suffix == ".mp4":
-        return _write_mp4(path, pictures, Fraction(fps).limit_denominator(1001))
-    if suffix == ".gif":
-        tall = Image.fromarray(pictures.reshape(f * h, w, 3)).quantize(256, dither=Image.Dither.NONE)
-        images, options = [tall.crop((0, k * h, w, (k + 1) * h)) for k in range(f)], {"optimize": False}
-    else:
-        images = [Image.fromarray(picture) for picture in pictures]
-        options = {"lossless": True} if suffix == ".webp" else {"blend": 0, "disposal": 1}  # keeps equal neighbours
-    delays = tick * np.diff(np.round(np.arange(f + 1) * 1000 / (tick * fps))).astype(int)
-    with _replacing(path) as unfinished:
-        first, *rest = images
-        first.save(unfinished, save_all=True, append_images=rest, duration=delays.tolist(), loop=0, **options)
-
-
-def _write_mp4(path: Path, pictures: np.ndarray, rate: Fraction):
-    import av
-
-    _, h, w, _ = pictures.shape
-    pictures = np.pad(pictures, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
-    with _replacing(path) as unfinished, av.open(str(unfinished), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
-        stream.height, stream.width = pictures.shape[1:3]
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
-        for k, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = k, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def write_image(path: str | Path, picture: Tensor):
-    """Writes a picture (3, h, w) in [-1, 1] as `write_clip` does a clip of one frame, best as .png."""
-    write_clip(path, picture.unsqueeze(0), fps=1)
-
-
-@contextmanager
-def _replacing(path: Path):
-    """A name beside `path`, of the same suffix, for a file that takes its place once it is whole."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
-
-
-def grid(videos: Tensor) -> Tensor:
-    """Clips (n, f, 3, h, w) -> one clip (f, 3, H, W): all of them in a near-square grid, white gaps between."""
-    return _tile(videos, columns=math.ceil(math.sqrt(len(videos))))
-
-
-def strip(videos: Tensor) -> Tensor:
-    """Clips (n, f, 3, h, w) -> one picture (3, H, W): a row for each clip, its frames side by side."""
-    return _tile(videos.flatten(0, 1).unsqueeze(1), columns=videos.shape[1])[0]
-
-
-def _tile(videos: Tensor, columns: int, gap: int = 2) -> Tensor:
-    n, f, c, h, w = videos.shape
-    rows = math.ceil(n / columns)
-    tiles = videos.new_ones(rows * columns, f, c, h + gap, w + gap)  # white where no clip lies
-    tiles[:n, :, :, :h, :w] = videos
-    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 3, 0, 4, 1, 5)           # (f, c, rows, h, columns, w)
-    return tiles.reshape(f, c, rows * (h + gap), columns * (w + gap))[..., :-gap, :-gap]

@@ -78,6 +78,11 @@ class Diffusion:
         stretched = t + t * lag * (frames - 1) // last
         return stretched[:, None] - lag * torch.arange(frames - 1, -1, -1)
 
+    def counted(self, frames: int, fps: Tensor | None) -> float:
+        """The part of a clip's frames that the loss counts, on average over t: 1 without lag."""
+        t = self.frame_steps(torch.arange(self.config.steps), frames, fps)
+        return ((t >= 0) & (t < self.config.steps)).double().mean().item()
+
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) or (b, f) -> z_t (b, f, c, h, w)."""
         # z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
@@ -96,9 +101,12 @@ class Diffusion:
         return errors[t >= 0].mean()
 
     def errors(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None,
-               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+               generator: torch.Generator | list[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
         """What `loss` averages: each frame's squared error (b, f), and its step (b, f), -1 where it is left out."""
-        drawn = torch.randint(self.config.steps, (len(z0),), generator=generator)  # (b,)
+        if isinstance(generator, list):  # one for each clip, as in `sample`
+            drawn = torch.cat([torch.randint(self.config.steps, (1,), generator=g) for g in generator])  # (b,)
+        else:
+            drawn = torch.randint(self.config.steps, (len(z0),), generator=generator)
         drawn = self.frame_steps(drawn, z0.shape[1], fps)  # (b,) or (b, f)
         t = drawn.clamp(0, self.config.steps - 1)
         eps = normal(z0.shape, generator).to(z0)

@@ -348,15 +348,17 @@ def write_checkpoint(path: str | Path, contents: dict) -> None:
                          f"make room on the disk or choose another --out") from error
 
 
-def read_checkpoint(path: str | Path, kind: str) -> dict:
+def read_checkpoint(path: str | Path, kind: str, mmap: bool = False) -> dict:
     """What `write_checkpoint` wrote, on the CPU; runs no code from the file (weights_only).
+
+    With `mmap` the numbers stay in the file until they are asked for.
 
     Raises InputError for a file that is missing, truncated, or not of this kind.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such file; give a model.pt that train.py wrote")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint, or cut off; give a model.pt that train.py wrote") from error
     if not isinstance(contents, dict) or contents.get("format") != kind:

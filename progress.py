@@ -14,7 +14,7 @@ from data import strip, write_image
 from magicvideo import MagicVideo
 
 BANDS = 4  # t in [0, 250), [250, 500), [500, 750), [750, 1000)
-COLUMNS = ("stage", "step", "loss", "learning_rate", "seconds", *(f"loss_band_{i}" for i in range(BANDS)))
+COLUMNS = ("stage", "step", "loss", "learning_rate", "seconds", *(f"loss_band_{i}" for i in range(BANDS)), "waited")
 
 
 def by_band(errors: Tensor, t: Tensor, steps: int) -> list[float | None]:
@@ -30,16 +30,27 @@ def mean_bands(parts: list[list[float | None]]) -> list[float | None]:
 
 
 def log(path: Path, stage: str, step: int, loss: float, rate: float, seconds: float,
-        bands: list[float | None] = ()) -> None:
-    """Adds a line to log.csv; `seconds` count from the start, or resumption, of the stage."""
+        bands: list[float | None] = (), waited: float = 0) -> None:
+    """Adds a line to log.csv; `seconds`, and those `waited` for data, count from the stage's start or resumption."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         if new:
             writer.writerow(COLUMNS)
-        bands = ["" if value is None else f"{value:.6f}" for value in bands]
-        writer.writerow([stage, step, f"{loss:.6f}", f"{rate:.3e}", f"{seconds:.1f}", *bands])
+        bands = ["" if value is None else f"{value:.6f}" for value in bands or [None] * BANDS]
+        writer.writerow([stage, step, f"{loss:.6f}", f"{rate:.3e}", f"{seconds:.1f}", *bands, f"{waited:.2f}"])
+
+
+def forget(path: Path, stage: str, step: int) -> None:
+    """Drops what log.csv says of later than this step of this stage: a killed run does these steps again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        places = [line.split(",")[:2] for line in lines]
+        last = max((i for i, place in enumerate(places) if place == [stage, str(step)]), default=len(lines) - 1)
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.write_text("".join(lines[: last + 1]))
+        unfinished.replace(path)
 
 
 def curves(path: Path, picture: Path) -> bool:

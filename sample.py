@@ -1,4 +1,8 @@
-"""Prompts in, clips out: `python sample.py "a red circle moving left"` (paper §3, from text to the decoded clip)."""
+"""Prompts in, clips out: `python sample.py "a red circle moving left"` (paper §3, from text to the decoded clip).
+
+A file of prompts, one a line, makes a clip each; `torchrun --nproc-per-node 8 sample.py --prompts FILE` shares them out
+over the GPUs of one machine or many. Clips that are there already are not made again.
+"""
 
 import argparse
 import sys
@@ -11,6 +15,7 @@ from tqdm import tqdm
 from data import InputError, check_clip_path, grid, write_clip
 from diffusion import SAMPLERS
 from magicvideo import MagicVideo, choose_device
+from parallel import own_device, started_by_torchrun
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "shapes.pt"
 
@@ -25,10 +30,23 @@ def newest_model() -> Path:
     raise InputError("no model under runs/: run python train.py first, or name one with --checkpoint")
 
 
+def read_prompts(file: str) -> list[str]:
+    """The lines of a file of prompts; raises InputError if it cannot be read or has none."""
+    try:
+        lines = Path(file).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {file}: cannot be read ({error}); give text, UTF-8, a prompt a line") from error
+    if not lines:
+        raise InputError(f"--prompts {file}: no prompts in it; write one a line")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Reads the command line, samples every prompt, writes one clip: a grid where there are several."""
+    """Reads the command line, samples every prompt, writes one clip, a grid where there are several, or one a line."""
     parser = argparse.ArgumentParser(description="Samples clips from prompts; several prompts make one grid.")
-    parser.add_argument("prompts", nargs="+", help='what to show; "" samples without text')
+    parser.add_argument("prompts", nargs="*", help='what to show; "" samples without text')
+    parser.add_argument("--prompts", dest="file", metavar="FILE",
+                        help="a file of prompts, one a line: a clip for each, OUT-00001.gif and so on")
     parser.add_argument("--checkpoint", help="a model.pt or a Stable Diffusion folder (default: the newest model "
                                              "under runs/, else the shipped one)")
     parser.add_argument("--out", default="clip.gif", help="a .gif, .webp, .png (animated) or .mp4 (default: clip.gif)")
@@ -42,18 +60,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     flags = parser.parse_args(arguments)
 
+    if bool(flags.prompts) == bool(flags.file):
+        raise InputError('give prompts, or a file of them: python sample.py "a red circle", or --prompts FILE')
+    lines = read_prompts(flags.file) if flags.file else []
     check_clip_path(flags.out)  # before the work, not after it
     torch.set_flush_denormal(True)
     checkpoint = Path(flags.checkpoint) if flags.checkpoint else newest_model()
-    model = MagicVideo.load(checkpoint, choose_device(flags.device))
+    model = MagicVideo.load(checkpoint, own_device(choose_device(flags.device)))
     print(f"model: {checkpoint}")
-    started = time.time()
-    clips = model.sample(
-        flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler, flags.seed, flags.eta, flags.frames,
-        progress=lambda steps: tqdm(steps, desc=flags.sampler, unit="step", dynamic_ncols=True))
-    write_clip(flags.out, grid(clips.cpu()) if len(clips) > 1 else clips[0].cpu(), flags.fps)
-    b, f, _, h, w = clips.shape
-    print(f"wrote {flags.out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in {time.time() - started:.1f} s")
+
+    def sample(prompts: list[str], seed: int, out: Path) -> None:
+        started = time.time()
+        clips = model.sample(
+            prompts, flags.fps, flags.steps, flags.guidance, flags.sampler, seed, flags.eta, flags.frames,
+            progress=lambda steps: tqdm(steps, desc=flags.sampler, unit="step", dynamic_ncols=True))
+        write_clip(out, grid(clips.cpu()) if len(clips) > 1 else clips[0].cpu(), flags.fps)
+        b, f, _, h, w = clips.shape
+        print(f"wrote {out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in {time.time() - started:.1f} s")
+
+    if flags.prompts:
+        sample(flags.prompts, flags.seed, Path(flags.out))
+    rank, world = started_by_torchrun()
+    for i in range(rank, len(lines), world):
+        out = Path(flags.out).with_stem(f"{Path(flags.out).stem}-{i + 1:05d}")
+        if out.exists():
+            print(f"{out} is there already")
+        else:
+            sample([lines[i]], flags.seed + i, out)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class Settings:
     vae_steps: int = setting(800, "steps of stage vae, 0 leaves it out")
     image_steps: int = setting(300, "the same of stage image")
     video_steps: int = setting(3400, "the same of stage video")
-    batch_size: int = setting(16, "clips a step; stage image takes as many single frames as these clips have")
-    vae_batch_size: int = setting(12, "frames a step of stage vae")
+    batch_size: int = setting(16, "clips a step, of each process; stage image takes as many frames as these have")
+    vae_batch_size: int = setting(12, "frames a step of stage vae, of each process")
     parts: int = setting(2, "parts of a U-Net batch: on a CPU side by side, on a GPU in turn (less memory)")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
     muon_lr: float = setting(0.02, "the same of the matrices, which Muon moves; 0 = AdamW moves them as all else")
@@ -43,7 +43,9 @@ class Settings:
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
     gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
-    cache: int = setting(3600, "clips of the shapes encoded once for all steps; 0, and for folders: encoded every time")
+    cache: int = setting(3600, "clips, cut at random, that are encoded once for all steps; 0 = encoded in every step")
+    workers: int = setting(0, "processes that read clips ahead of the steps; 0 = read between them")
+    compile: bool = setting(False, "torch.compile the U-Net: minutes at first, then faster steps")
     save_every: int = setting(500, "steps between checkpoints")
     sample_every: int = setting(500, "steps between pictures in OUT/samples; 0 = none")
     seed: int = setting(0, "of weights, data and noise")
@@ -56,12 +58,12 @@ class Settings:
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {"parts": 1, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
-              "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4, "ema": 0.9995, "warmup": 500,
-              "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
-    "paper": {"parts": 1, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0, "new_parts_lr": 1.0, "kl_weight": 1e-4,
-              "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5, "ema": 0.9999, "warmup": 1000,
-              "precision": "bf16", "gradient_checkpointing": True,
+    "small": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
+              "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4,
+              "ema": 0.9995, "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
+    "paper": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
+              "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5,
+              "ema": 0.9999, "warmup": 1000, "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
 }
 
@@ -75,6 +77,8 @@ def read_flags(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
                             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
     parser.add_argument("--out", help="folder of the run (default: runs/shapes, runs/shapes-2, ..., a new one)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--check-data", action="store_true",
+                        help="decode every clip of --data, name those that cannot be used, train nothing")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     flags = parser.parse_args(arguments)
     return flags, {f.name: getattr(flags, f.name) for f in fields(Settings) if hasattr(flags, f.name)}

@@ -5,98 +5,72 @@
     video   all of the U-Net on clips with their FPS, started from the image stage    (paper §3.2)
 
 A stage trains its parts, keeps a moving average of their weights, and hands that average to the next stage. Everything
-random in a step is drawn from (seed, stage, step), so a resumed run goes on as if it had never stopped.
+random in a step is drawn from (seed, stage, step, place in the batch), so a resumed run goes on as if it had never
+stopped, and several processes train as one does (`parallel.py`). Where a step's clips come from is in `batches.py`.
 """
 
-import ctypes
 import json
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import ClipFolder, InputError, ShapesDataset
+from batches import Frames, Latents, encode, indices, latents_of, read, rng, share, stacked
+from data import ClipFolder, InputError, ShapesDataset, check_clips
 from diffusion import normal
 from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
 from optim import MovingAverage, learning_rate, make_optimizers
-from progress import by_band, curves, log, mean_bands, picture
+from parallel import (average_over_ranks, backward, join, keep_freed_memory, leave, own_device, rank, restarted,
+                      world)
+from progress import by_band, curves, forget, log, picture
 from settings import PRESET_SETTINGS, STAGES, Settings, check, read_flags
 from unet3d import Level
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a step sees
+# Losses
 
 
-def rng(seed: int, *place: int) -> torch.Generator:
-    """A generator that depends on the seed and the place in the run alone: the stage, the step or epoch."""
-    number = seed
-    for part in place:
-        number = (number * 1_000_003 + part + 1) % 2**63
-    return torch.Generator().manual_seed(number)
+def vae_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings) -> Tensor:
+    """Reconstruction + KL on a batch of clips (paper §3, VideoVAE; squared error: ours, SD's perceptual terms need
+    weights).
 
-
-def indices(count: int, batch: int, step: int, seed: int, stage: int) -> list[tuple[int, int]]:
-    """The (epoch, item) pairs of a step's batch: every item once an epoch, in an order that is new each epoch."""
-    places = range(step * batch, (step + 1) * batch)
-    epochs = {place // count for place in places}
-    orders = {epoch: torch.randperm(count, generator=rng(seed, stage, 0, epoch)) for epoch in epochs}
-    return [(place // count, int(orders[place // count][place % count])) for place in places]
-
-
-@torch.no_grad()
-def encode(model: MagicVideo, clip: dict) -> dict:
-    """A clip with its "video" replaced by "mean" and "logvar" of its latents, each (f, 4, h/8, w/8), on the CPU."""
-    mean, logvar = model.vae.encode(clip["video"][None].to(model.device))
-    return {"mean": mean[0].cpu(), "logvar": logvar[0].cpu(), "caption": clip["caption"], "fps": clip["fps"]}
-
-
-class Latents(list):
-    """Clips through the frozen encoder, once: [i] -> what `encode` returns, the same in every epoch (ours)."""
-
-    def __init__(self, model: MagicVideo, clips: Dataset, count: int):
-        super().__init__()
-        for i in tqdm(range(count), desc="encode", unit="clip", dynamic_ncols=True):
-            clips.set_epoch(i // len(clips))
-            self.append(encode(model, clips[i % len(clips)]))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing changes."""
-
-
-def vae_loss(model: MagicVideo, clips: Dataset, step: int, s: Settings) -> Tensor:
-    """Reconstruction + KL on one batch (paper §3, VideoVAE; squared error: ours, SD's perceptual terms need weights).
-
-    Single frames of different clips at first, without the temporal layers, since frames of one clip teach little more
-    than one of them does; whole clips, for these layers, in the last fifth of the steps, and in all where the image
-    part stays as it is (ours).
+    Of each clip a single frame at first, without the temporal layers; see `vae_frames`.
     """
-    image = any(p.requires_grad for name, p in model.vae.named_parameters() if not is_new_part(name))
-    f = 1 if image and step < 0.8 * s.vae_steps else clips.frames
-    generator, videos = rng(s.seed, 0, 1, step), []
-    for epoch, i in indices(len(clips), max(1, s.vae_batch_size // f), step, s.seed, 0):
-        clips.set_epoch(epoch)
-        first = int(torch.randint(clips.frames - f + 1, (), generator=generator))
-        videos.append(clips[i]["video"][first : first + f])
-    video = torch.stack(videos).to(model.device)  # (b, f, 3, h, w)
+    f, videos, noise = vae_frames(model, step, s), [], []
+    for place, clip in items:
+        generator = rng(s.seed, 0, 1, step, place)
+        first = int(torch.randint(len(clip["video"]) - f + 1, (), generator=generator))
+        videos.append(clip["video"][first : first + f])
+        noise.append(generator)
+    video = torch.stack(videos).to(model.unet.conv_in.weight)  # (b, f, 3, h, w)
     mean, logvar = model.vae.encode(video)
-    z = model.vae.sample_latents(mean, logvar, normal(mean.shape, generator).to(mean))
+    z = model.vae.sample_latents(mean, logvar, normal(mean.shape, noise).to(mean))
     # KL(q(z | frame) || N(0, 1)) per latent number
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     loss = F.mse_loss(model.vae.decode(z, temporal=f > 1), video) + s.kl_weight * kl
     # frames of one clip are too much alike to say how latents vary
     return loss + (s.thumbnail * thumbnail_term(mean, video) if s.thumbnail and f == 1 else 0)
+
+
+def vae_frames(model: MagicVideo, step: int, s: Settings) -> int:
+    """How many frames of a clip stage vae sees: one, since frames of one clip teach little more than one of them does.
+
+    The temporal layers see whole clips, in the last fifth of the steps, and in all where the image part stays as it is
+    (ours).
+    """
+    image = any(p.requires_grad for name, p in model.vae.named_parameters() if not is_new_part(name))
+    return 1 if image and step < 0.8 * s.vae_steps else model.config.unet.frames
 
 
 def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
@@ -112,40 +86,23 @@ def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
     return F.mse_loss(mean[:, :, :3], small) + free.square().mean()
 
 
-def unet_batch(model: MagicVideo, clips: Dataset, step: int, s: Settings, stage: str) -> list[tuple]:
-    """A step's batch, (mean, logvar, caption, fps) of every clip, or in stage image of as many frames: f a clip.
-
-    Those frames are from different clips where latents are cached; to decode a clip for one frame would be a waste.
-    """
-    place, f = STAGES.index(stage), model.config.unet.frames
-    spread = f if stage == "image" and isinstance(clips, Latents) else 1  # items a clip is split into
-    batch = []
-    for epoch, i in indices(len(clips) * spread, s.batch_size * spread, step, s.seed, place):
-        clips.set_epoch(epoch)
-        item = clips[i // spread]
-        item = item if "mean" in item else encode(model, item)
-        cuts = [slice(None)]  # all frames together
-        if stage == "image":  # one by itself, or of a clip that was decoded for them each by itself
-            cuts = [slice(k, k + 1) for k in ([i % f] if spread > 1 else range(f))]
-        batch += [(item["mean"][cut], item["logvar"][cut], item["caption"], item["fps"]) for cut in cuts]
-    return batch
-
-
-def unet_loss(model: MagicVideo, batch: list[tuple], generator: torch.Generator, s: Settings,
+def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings,
               stage: str) -> tuple[Tensor, list]:
-    """The diffusion loss on a batch, or a part of one, of clips (b, f, ...) or frames (b, 1, ...).
+    """The diffusion loss on the latents of a batch, or a part of one, of clips (b, f, ...) or frames (b, 1, ...).
 
     Second comes the same loss by bands of t, for the log.
     """
-    means, logvars, captions, fps = zip(*batch)
-    mean, logvar = torch.stack(means).to(model.device), torch.stack(logvars).to(model.device)  # (b, f, 4, h/8, w/8)
-    noise = s.latent_noise * normal(mean.shape, generator).to(mean)
+    weight, generators = model.unet.conv_in.weight, [rng(s.seed, STAGES.index(stage), 1, step, p) for p, _ in items]
+    mean, logvar = stacked(items, "mean", weight), stacked(items, "logvar", weight)  # (b, f, 4, h/8, w/8)
+    noise = s.latent_noise * normal(mean.shape, generators).to(mean)
     z0 = model.vae.sample_latents(mean, logvar, noise)
-    kept = torch.rand(len(captions), generator=generator) >= s.text_dropout
-    context = model.encode_text([caption if keep else "" for caption, keep in zip(captions, kept)])
-    rate = torch.tensor(fps, device=model.device) if stage == "video" else None
-    errors, t = model.diffusion.errors(model.unet, z0, context, rate, generator)  # (b, f) each
-    return errors[t >= 0].mean(), by_band(errors.detach(), t, model.diffusion.config.steps)
+    context = model.encode_text([item["caption"] if torch.rand((), generator=generator) >= s.text_dropout else ""
+                                 for generator, (_, item) in zip(generators, items)])
+    fps = torch.tensor([item["fps"] for _, item in items], device=model.device) if stage == "video" else None
+    errors, t = model.diffusion.errors(model.unet, z0, context, fps, generators)  # (b, f) each
+    # divided by how many frames count on average, so that a batch's loss is the mean of its parts'
+    loss = errors[t >= 0].sum() / (errors.numel() * model.diffusion.counted(z0.shape[1], fps))
+    return loss, by_band(errors.detach(), t, model.diffusion.config.steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,31 +134,6 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
     return groups
 
 
-def backward(losses: list[Callable], parameters: list[nn.Parameter], pool: ThreadPoolExecutor,
-             autocast: Callable) -> tuple[float, list]:
-    """Losses of a batch's parts -> their mean, its gradients going into p.grad, and their mean bands (ours).
-
-    On a CPU each core takes a part of its own, since two cores share the small products of a small network badly; on a
-    GPU one part follows the other, which is gradient accumulation: as large a batch in less memory.
-    """
-    def run(loss: Callable) -> tuple:
-        with autocast():
-            value, bands = loss()
-        return value.item(), bands, torch.autograd.grad(value / len(losses), parameters, allow_unused=True)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // len(losses)))
-    values, bands = [], []
-    for value, of_part, gradients in pool.map(run, losses):
-        for p, gradient in zip(parameters, gradients):
-            if gradient is not None:
-                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-        values.append(value)
-        bands.append(of_part)
-    torch.set_num_threads(threads)
-    return sum(values) / len(values), mean_bands(bands)
-
-
 def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
     """1 / standard deviation of the latents of 64 clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
     some = torch.randperm(len(clips), generator=rng(s.seed, 0, 2))[:64].tolist()
@@ -220,6 +152,15 @@ def stop_signals():
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def step_batches(model: MagicVideo, source: Dataset, stage: str, s: Settings, first: int):
+    """What this rank reads in each step from `first` on: lists of (place in the batch of all ranks, (epoch, item))."""
+    for step in range(first, s.steps(stage)):
+        size = s.batch_size * (source.frames if isinstance(source, Frames) else 1)
+        if stage == "vae":
+            size = max(1, s.vae_batch_size // vae_frames(model, step, s))
+        yield share(indices(len(source), size * world(), step, s.seed, STAGES.index(stage)))
 
 
 def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
@@ -248,21 +189,31 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             optimizer.load_state_dict(state)
         average.values = [value.to(model.device) for value in resumed["average"]]
     autocast = partial(torch.autocast, model.device.type, torch.bfloat16, s.precision == "bf16", cache_enabled=False)
-    workers = s.parts if model.device.type == "cpu" else 1
-    started = time.time()
-    bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True)
-    with stop_signals() as stop, ThreadPoolExecutor(workers, "part", torch.set_flush_denormal, (True,)) as pool:
+    together = min(s.parts, torch.get_num_threads()) if model.device.type == "cpu" and not s.compile else 1
+    if stage == "image" and isinstance(source, Latents):
+        source = Frames(source)  # of different clips
+    reader = read(source, step_batches(model, source, stage, s, first), 0 if isinstance(source, Latents) else s.workers)
+    started, waited, lead = time.time(), 0.0, rank() == 0
+    bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True,
+               disable=not lead)
+    with stop_signals() as stop, ThreadPoolExecutor(together, "part", torch.set_flush_denormal, (True,)) as pool:
         for step in bar:
             for optimizer, top in zip(optimizers, (highest, s.muon_lr)):
                 for group in optimizer.param_groups:
                     group["lr"] = group["factor"] * learning_rate(step, steps, top, s.warmup)
+            asked = time.time()
+            items = next(reader)
+            waited += time.time() - asked
             if stage == "vae":
-                losses = [lambda: (vae_loss(model, source, step, s), [])]
+                losses = [(1.0, lambda: (vae_loss(model, items, step, s), []))]
             else:
-                batch, place = unet_batch(model, source, step, s, stage), STAGES.index(stage)
-                losses = [partial(unet_loss, model, batch[k :: s.parts], rng(s.seed, place, 1, step, k), s, stage)
-                          for k in range(min(s.parts, len(batch)))]
+                items = latents_of(model, items, stage)
+                parts = [items[k :: s.parts] for k in range(min(s.parts, len(items)))]
+                losses = [(len(part) / len(items), partial(unet_loss, model, part, step, s, stage)) for part in parts]
             loss, bands = backward(losses, parameters, pool, autocast)
+            shared = torch.tensor([loss, len(stop)]).to(parameters[0])
+            average_over_ranks([shared, *(p.grad for p in parameters if p.grad is not None)])
+            loss, stop_of_all = shared.tolist()
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step} of stage {stage}: lower "
                                  f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
@@ -272,12 +223,14 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                 optimizer.zero_grad()
             average.update()
 
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            rate, seconds = optimizers[0].param_groups[0]["lr"], time.time() - started
-            log(out / "log.csv", stage, step + 1, loss, rate, seconds, bands)
-            stopping, last = bool(stop), step + 1 == steps  # a signal from here on is for the next step
-            save = last or stopping or (step + 1) % s.save_every == 0
-            show = s.sample_every and (last or (step + 1) % s.sample_every == 0)
+            last = step + 1 == steps
+            stopping = bool(stop if world() == 1 else stop_of_all)  # a signal from here on is for the next step
+            if lead:
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                rate, seconds = optimizers[0].param_groups[0]["lr"], time.time() - started
+                log(out / "log.csv", stage, step + 1, loss, rate, seconds, bands, waited)
+            save = lead and (last or stopping or (step + 1) % s.save_every == 0)
+            show = lead and s.sample_every and (last or (step + 1) % s.sample_every == 0)
             if save:
                 write_checkpoint(out / "checkpoint.pt", {
                     "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
@@ -293,7 +246,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
                 average.swap()
             if stopping:
                 raise KeyboardInterrupt
-        if stop:  # while the last step was saved
+        if stop and world() == 1:  # while the last step was saved
             raise KeyboardInterrupt
     average.swap()
     if stage == "vae" and not model.config.pretrained:
@@ -302,14 +255,6 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors free for those of the next step, where each step had pages zeroed anew (ours)."""
-    with suppress(OSError, TypeError, AttributeError):  # systems without glibc do as they do
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no large blocks of their own, which go back to the kernel at once
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def new_folder(name: str) -> Path:
@@ -321,16 +266,29 @@ def new_folder(name: str) -> Path:
     return folder
 
 
+def report(folder: str, frames: int) -> None:
+    """--check-data: a line for every clip that cannot be used; raises InputError if there is one."""
+    bad = check_clips(folder, frames)
+    print(*bad, sep="\n")
+    if bad:
+        raise InputError(f"--check-data: {folder} cannot be used as it is, see the {len(bad)} lines above")
+    print(f"{folder}: every clip can be decoded and has {frames} frames or more")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Set-up, the stages, a last line that says where everything is."""
     flags, given = read_flags(arguments)
     torch.set_flush_denormal(True)  # numbers near zero, which many weights become, would make a CPU slow
     keep_freed_memory()
-    device = choose_device(flags.device)
+    device = own_device(choose_device(flags.device))
+    join(device)
+    say = print if rank() == 0 else lambda text: None
+    if world() > 1 and not flags.out:
+        raise InputError("torchrun: add --out FOLDER, so that all processes, and a run that is restarted, find it")
 
     # three ways to start: from a run's checkpoint, from a model, from nothing
     resumed = None
-    if flags.resume:
+    if flags.resume or restarted() and (Path(flags.out or "") / "checkpoint.pt").is_file():
         out = Path(flags.out or "")
         if not flags.out or not (out / "checkpoint.pt").is_file():
             raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
@@ -344,6 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
         preset = "paper" if Path(given.get("init_from") or "-").is_dir() else given.get("preset", "tiny")
         s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
         check(s)
+        if flags.check_data:
+            return report(s.data, s.frames or PRESETS[s.preset].unet.frames)
         out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
         if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
             raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
@@ -365,29 +325,35 @@ def main(arguments: list[str] | None = None) -> None:
         clips = ShapesDataset("train", frames, config.size, s.seed)
     else:
         clips = ClipFolder(s.data, frames, config.size, s.seed)
-        print(clips.summary())
+        say(clips.summary())
     model = model or MagicVideo.from_preset(s.preset, frames, [caption for caption in clips.captions if caption])
     model = model.to(device).train()
+    if s.compile:
+        model.unet.compile()
 
     stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
     stages = [stage for stage in stages if s.steps(stage)]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
-        print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+        forget(out / "log.csv", resumed["stage"], resumed["step"])
+        say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     started, source = time.time(), clips
+    count = s.cache if s.data == "shapes" else max(s.cache, len(clips))  # of a folder every clip, the more often cut
     try:
         for stage in stages:
-            if stage != "vae" and source is clips and s.data == "shapes" and s.cache:
-                source = Latents(model, clips, s.cache)
+            if stage != "vae" and source is clips and s.cache:
+                source = Latents(model, clips, count, out / "latents.pt")
             train_stage(model, clips, source, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
         raise InputError(f"stopped; go on with: python train.py --resume --out {out}" if saved
                          else "stopped before the first checkpoint; nothing was written") from None
-    model.save(out / "model.pt")
+    if rank() == 0:
+        model.save(out / "model.pt")
+    leave()
     prompt = next((caption for caption in clips.captions if caption), "")
     pictures = f", pictures in {out}/samples" if s.sample_every else ""
-    print(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in {out}/log.csv\n"
+    say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in {out}/log.csv\n"
           f'next: python sample.py "{prompt}" --checkpoint {out}/model.pt')
 
 

@@ -1,7 +1,6 @@
 """Training: the stages, the files they write, stopping and going on, and that it learns."""
 
 import csv
-import ctypes
 import importlib.util
 import math
 import os
@@ -9,19 +8,15 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
 from clip_text import CLIPTextConfig
-from conftest import close, randn, shaken
+from conftest import randn, shaken
 from data import InputError, ShapesDataset, write_clip
 from diffusion import Diffusion, DiffusionConfig
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
@@ -67,7 +62,7 @@ def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_
     train.main(SHORT)
     out = Path("runs/shapes")
     drawn = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
-    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv", "samples"} | drawn
+    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv", "samples", "latents.pt"} | drawn
     assert {p.name for p in (out / "samples").iterdir()} == {f"{stage}-000002.png" for stage in train.STAGES}
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [(row["stage"], row["step"]) for row in rows] == [(stage, n) for stage in train.STAGES for n in "12"]
@@ -120,6 +115,25 @@ def test_a_signal_while_a_picture_is_drawn_loses_no_step(drawn, whole, monkeypat
     assert equal(whole, weights("stopped/model.pt"))
 
 
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_log_says_every_step_once(whole, monkeypatch):
+    counted, log = iter(range(1, 100)), train.log
+
+    def killed(*arguments):
+        log(*arguments)
+        if next(counted) == 4:
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(train, "log", killed)
+    with pytest.raises(SystemExit):
+        train.main([*SHORT, "--out", "run"])
+    monkeypatch.setattr(train, "log", log)
+    assert len(Path("run/log.csv").read_text().splitlines()) == 5
+    train.main(["--resume", "--out", "run", "--device", "cpu"])
+    rows = list(csv.DictReader(open("run/log.csv")))
+    assert [(row["stage"], row["step"]) for row in rows] == [(stage, n) for stage in train.STAGES for n in "12"]
+    assert equal(whole, weights("run/model.pt"))
+
+
 def test_a_finished_run_resumes_to_itself(whole):
     train.main([*SHORT, "--out", "mine"])
     train.main(["--resume", "--out", "mine", "--device", "cpu"])
@@ -163,12 +177,6 @@ def test_a_stage_trains_its_own_parts_and_no_others():
     assert changed(steps[0], steps[1], lambda key: key.startswith("text_encoder."))
     assert not changed(steps[1], steps[2], lambda key: key.startswith("vae."))
     assert len(changed(steps[1], steps[2], video_part)) > 30 and len(changed(steps[1], steps[2], image_part)) > 100
-
-
-def test_every_item_is_seen_once_an_epoch_in_a_new_order():
-    seen = [pair for step in range(6) for pair in train.indices(10, 5, step, seed=0, stage=1)]
-    epochs = [[i for epoch, i in seen if epoch == n] for n in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
 def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32():
@@ -221,8 +229,18 @@ def test_the_papers_sizes_take_a_step_of_two_frames():
 
 def unet_loss(model, clips, step, s, stage):
     """The loss of a whole batch and its bands."""
-    batch = train.unet_batch(model, clips, step, s, stage)
-    return train.unet_loss(model, batch, train.rng(s.seed, 1, 1, step), s, stage)
+    source = train.Frames(clips) if stage == "image" and isinstance(clips, train.Latents) else clips
+    items = train.latents_of(model, step_items(model, source, step, s, stage), stage)
+    return train.unet_loss(model, items, step, s, stage)
+
+
+def step_items(model, source, step, s, stage):
+    """What a step reads."""
+    return next(train.read(source, train.step_batches(model, source, stage, s, step), workers=0))
+
+
+def vae_loss(model, clips, step, s):
+    return train.vae_loss(model, step_items(model, clips, step, s, "vae"), step, s)
 
 
 def test_gradient_checkpointing_is_asked_for_by_its_flag_and_keeps_less(monkeypatch):
@@ -247,7 +265,7 @@ def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
     model = MagicVideo.from_preset("tiny")
     clips = ShapesDataset("train", 4, 32)
     seen = {}
-    monkeypatch.setattr(model.diffusion, "errors", lambda unet, z0, context, fps, generator: seen.update(
+    monkeypatch.setattr(model.diffusion, "errors", lambda unet, z0, context, fps, generators: seen.update(
         shape=z0.shape, fps=fps) or (z0.sum((2, 3, 4)), torch.zeros(z0.shape[:2], dtype=torch.long)))
     unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
     assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
@@ -257,26 +275,6 @@ def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
     assert seen["shape"] == (2, 4, 4, 4, 4) and seen["fps"].shape == (2,)
 
 
-def test_a_batch_in_parts_has_the_gradients_of_the_whole():
-    unet = shaken(UNet3D(PRESETS["tiny"].unet))
-    parameters, found = list(unet.parameters()), {}
-    z, t, context, fps = randn(4, 4, 4, 4, 4), torch.arange(100, 900, 200), randn(4, 5, 32), torch.full((4,), 8.0)
-
-    def loss(part):
-        return unet(z[part], t[part], context[part], fps[part]).square().mean(), [1.0, None]
-
-    for count in (1, 2, 4):
-        with ThreadPoolExecutor(count) as pool:
-            losses = [partial(loss, slice(k, None, count)) for k in range(count)]
-            value, bands = train.backward(losses, parameters, pool, nullcontext)
-        assert bands == [1.0, None]
-        found[count] = [torch.tensor(value), *(p.grad for p in parameters)]
-        unet.zero_grad()
-    for count in (2, 4):
-        assert all(close(whole, part, 1e-9) for whole, part in zip(found[1], found[count]))
-    assert all(gradient.abs().max() > 1e-9 for gradient in found[1])
-
-
 def test_bf16_reaches_the_threads_that_compute_parts(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "unet_loss", lambda model, *_: seen.append(torch.is_autocast_enabled("cpu")) or (
@@ -284,12 +282,6 @@ def test_bf16_reaches_the_threads_that_compute_parts(monkeypatch):
     for precision in ("fp32", "bf16"):
         train.main([*SHORT, "--out", precision, "--precision", precision, "--sample-every", "0"])
     assert seen == [False] * 8 + [True] * 8  # two stages of two steps in two parts
-
-
-@pytest.mark.parametrize("library", [lambda _: object(), lambda _: ctypes.CDLL("no such library")])
-def test_a_system_without_glibc_keeps_no_freed_memory_and_says_nothing(monkeypatch, library):
-    monkeypatch.setattr(train, "ctypes", SimpleNamespace(CDLL=library))
-    train.keep_freed_memory()
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
@@ -355,7 +347,7 @@ def test_the_vae_loss_is_the_squared_error_the_divergence_of_its_posterior_and_t
     monkeypatch.setattr(model.vae, "encode", lambda video: seen.setdefault(
         "posterior", encode(seen.setdefault("video", video))))
     monkeypatch.setattr(model.vae, "decode", lambda z, temporal: seen.setdefault("decoded", decode(z)))
-    loss = train.vae_loss(model, clips, 0, train.Settings(kl_weight=0.5, thumbnail=thumbnail))
+    loss = vae_loss(model, clips, 0, train.Settings(kl_weight=0.5, thumbnail=thumbnail))
     mean, logvar = seen["posterior"]
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
@@ -376,7 +368,7 @@ def test_the_vae_sees_single_frames_first_and_whole_clips_last_unless_its_image_
     zeros = torch.zeros
     model.vae.encode = lambda video: shapes.append(tuple(video.shape[:2])) or (zeros(*video.shape[:2], 4, 4, 4),) * 2
     for step in range(10):
-        train.vae_loss(model, clips, step, s)
+        vae_loss(model, clips, step, s)
     assert shapes == ([(3, 4)] * 10 if frozen else [(12, 1)] * 8 + [(3, 4)] * 2)
 
 
@@ -386,7 +378,7 @@ def test_the_vaes_temporal_layers_learn_from_clips_and_its_image_part_alone_from
         torch.nn.init.normal_(p)  # else most gradients are zero
     for step, moved in ((0, False), (9, True)):
         model.zero_grad()
-        train.vae_loss(model, clips, step, s).backward()
+        vae_loss(model, clips, step, s).backward()
         assert all((p.grad is not None) == moved for p in model.vae.decoder.temporal_attentions.parameters())
         assert model.vae.decoder.conv_out.weight.grad.abs().sum() > 0
 
@@ -394,7 +386,7 @@ def test_the_vaes_temporal_layers_learn_from_clips_and_its_image_part_alone_from
 def test_frames_of_one_clip_are_no_measure_of_how_latents_vary():
     model, clips = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32)
     for step, counts in ((0, True), (9, False)):
-        losses = [train.vae_loss(model, clips, step, train.Settings(vae_steps=10, thumbnail=x)) for x in (0.0, 1.0)]
+        losses = [vae_loss(model, clips, step, train.Settings(vae_steps=10, thumbnail=x)) for x in (0.0, 1.0)]
         assert (losses[0] != losses[1]) == counts
 
 
