@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from batches import encode
 from data import InputError, ShapesDataset
 from magicvideo import MagicVideo
-from train import encode
 from unet3d import DirectedTemporalAttention, SpatialTransformer
 
 CLAIMS = {

@@ -2,6 +2,7 @@
 
 `python benchmark.py --count` builds each preset on torch's "meta" device, where tensors have shapes but no numbers. A
 multiply-add counts as 2; sums, norms and activations are left out; attention is counted without what its mask saves.
+`python benchmark.py --time` measures, beside other people's video U-Nets: see `timing.py`.
 Read `unet3d.py` for the parts.
 """
 
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_text import CLIPTextEncoder
 from data import InputError
-from magicvideo import PRESETS, MagicVideoConfig, is_new_part
+from magicvideo import PRESETS, MagicVideoConfig, choose_device, is_new_part
+from timing import measure
 from unet3d import DirectedTemporalAttention, FrameAdaptor, UNet3D, UNetConfig
 from vae import VideoVAE
 
@@ -115,13 +117,26 @@ def show_64_times(config: UNetConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`--count` for one preset or all."""
-    parser = argparse.ArgumentParser(description="Counts what MagicVideo costs.")
-    parser.add_argument("--count", action="store_true", required=True, help="parameters and operations of every part")
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: all)")
+    """`--count` for one preset or all, or `--time` for one."""
+    parser = argparse.ArgumentParser(description="Counts or measures what MagicVideo costs.")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--count", action="store_true", help="parameters and operations of every part")
+    kind.add_argument("--time", action="store_true", help="time and memory of training and sampling, beside peers")
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: all; of --time: tiny)")
+    parser.add_argument("--rounds", type=int, default=12, help="of --time: how often each is measured, in turn")
+    parser.add_argument("--batch-size", type=int, help="of --time: clips (default: the preset's)")
+    parser.add_argument("--levers", action="store_true", help="of --time: also what flags of train.py buy")
+    parser.add_argument("--device", help="of --time: cuda, mps or cpu (default: the first of them that is there)")
+    parser.add_argument("--out", help="of --time: a JSON file for the numbers")
     flags = parser.parse_args(arguments)
     if flags.preset not in (None, *PRESETS):
         raise InputError(f'--preset "{flags.preset}": there is no such preset; use {", ".join(PRESETS)}')
+    for flag, value in (("--rounds", flags.rounds), ("--batch-size", flags.batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value}: choose 1 or more")
+    if flags.time:
+        device = choose_device(flags.device)
+        return measure(flags.preset or "tiny", flags.rounds, flags.batch_size, device, flags.levers, flags.out)
     for name in [flags.preset] if flags.preset else PRESETS:
         show_counts(name)
     show_64_times(PRESETS["paper"].unet)

@@ -10,7 +10,6 @@ import colorsys
 import json
 import math
 import shlex
-import subprocess
 import sys
 from collections import Counter
 from datetime import datetime, timezone
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from data import COLORS, MOTIONS, ClipFolder, InputError, ShapesDataset, shape_captions, strip, write_image
 from fvd import features, frechet_distance, load_i3d
 from magicvideo import MagicVideo, choose_device
+from progress import commit
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge
@@ -202,15 +202,6 @@ def prompts_of(split: str) -> list[str]:
     others = dict(zip(MOTIONS, MOTIONS if split == "test" else MOTIONS[3:] + MOTIONS[:3]))
     words = (caption.split(" ", 3)[1:] for caption in shape_captions("test"))
     return [f"a {color} {shape} {others[motion]}" for color, shape, motion in words]
-
-
-def commit() -> str | None:
-    """The commit of this code, "-dirty" behind it if files have changed since; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
 
 
 def sampled(model: MagicVideo, prompts: list[str], flags: argparse.Namespace, fps: float, name: str) -> Tensor:

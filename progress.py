@@ -5,6 +5,7 @@ the caption says, and the second is learned last. So it is kept by bands of t as
 """
 
 import csv
+import subprocess
 from pathlib import Path
 
 import torch
@@ -103,3 +104,12 @@ def picture(path: Path, model: MagicVideo, clips: torch.utils.data.Dataset, stag
         captions = list(dict.fromkeys(clips.captions))  # each once
         rows = model.sample(captions[:: max(1, len(captions) // 6)][:6], fps=8 if stage == "video" else None, steps=10)
     write_image(path, strip(rows.cpu()))
+
+
+def commit() -> str | None:
+    """The commit of this code, "-dirty" behind it if files have changed since; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None

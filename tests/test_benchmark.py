@@ -1,13 +1,16 @@
 """What is counted: Stable Diffusion's parameters and operations, and what MagicVideo adds to them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import benchmark
+import timing
 from data import InputError
 from magicvideo import PRESETS
-from unet3d import SpatialTransformer
+from unet3d import SpatialTransformer, UNet3D
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +77,38 @@ def test_the_table_has_every_preset_and_an_unknown_one_is_refused(capsys):
     assert capsys.readouterr().out.startswith("tiny: 8 frames of 64 x 64")
     with pytest.raises(InputError, match="--preset"):
         benchmark.main(["--count", "--preset", "large"])
+
+
+def test_peers_have_our_number_of_parameters_within_a_tenth_and_the_shape_of_our_output(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    benchmark.main(["--time", "--rounds", "1", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "t.json")])
+    found = json.loads((tmp_path / "t.json").read_text())
+    rows = {(row["kind"], row["network"]): row for row in found["rows"]}
+    size = rows["training", "MagicVideo"]["parameters"]
+    assert size == sum(p.numel() for p in UNet3D(PRESETS["tiny"].unet).parameters())
+    for kind in ("training", "sampling"):
+        for peer in ("diffusers UNet3DConditionModel", "diffusers UNetMotionModel"):
+            row = rows[kind, peer]
+            assert abs(row["parameters"] / size - 1) <= 0.1 and row["seconds"] > 0
+            assert row["ratio"] == row["seconds"] / rows[kind, "MagicVideo"]["seconds"]
+    assert found["matrix_rate"] > 1e9 and "medians of 1" in capsys.readouterr().out
+
+
+def test_a_peer_that_is_not_installed_is_left_out_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "PEERS", {"nobody's": lambda config, width: __import__("not_installed")})
+    benchmark.main(["--time", "--rounds", "1", "--batch-size", "1", "--device", "cpu"])
+    assert "nobody's: left out, not installed" in capsys.readouterr().out
+
+
+def test_a_peer_of_another_size_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "PEERS", {"small": lambda config, width: nn.Linear(1, 1)})
+    benchmark.main(["--time", "--rounds", "1", "--batch-size", "1", "--device", "cpu"])
+    assert "small: left out, no width" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(["--rounds", "0"], "--rounds 0"), (["--batch-size", "0"], "--batch-size 0"),
+                                          (["--preset", "paper"], "--preset paper: a step takes minutes")])
+def test_mistakes_with_time_are_one_line(flags, words):
+    with pytest.raises(InputError, match=words) as error:
+        benchmark.main(["--time", "--device", "cpu", *flags])
+    assert "\n" not in str(error.value)

@@ -446,3 +446,98 @@ def test_a_video_without_av_names_what_to_install(tmp_path, video, monkeypatch):
 def test_impossible_settings_are_refused_by_the_name_of_their_flag(setting, value):
     with pytest.raises(InputError, match=setting):
         ShapesDataset(**{setting: value})
+
+
+# Folders that are not small
+
+
+@pytest.fixture
+def long_video(tmp_path):
+    """60 frames of noise that moves, as .mp4 and .webm-like containers store them: most frames depend on others."""
+    pytest.importorskip("av", reason="video files need av")
+    noise = torch.rand(1, 3, 32, 92, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = torch.cat([noise[..., k : k + 32] for k in range(60)])
+    (tmp_path / "clips").mkdir()
+    data.write_clip(tmp_path / "clips" / "long.mp4", video, 24)
+    return tmp_path / "clips"
+
+
+def test_headers_alone_give_the_same_items_as_decoding_to_the_end(long_video, video, monkeypatch):
+    (long_video / "folder").mkdir()
+    for k, picture in enumerate(data.to_uint8(video)):
+        Image.fromarray(picture).save(long_video / "folder" / f"{k}.png")
+    data.write_clip(long_video / "b.gif", video, 8)
+    decoded = ClipFolder(long_video, frames=4, size=32)
+    monkeypatch.setattr(data, "SCAN_SECONDS", 0)
+    headers = ClipFolder(long_video, frames=4, size=32)
+    assert "3 not decoded yet (--check-data decodes all)" in headers.summary()
+    assert headers.summary().startswith(decoded.summary()) and headers.identity() == decoded.identity()
+    for epoch in range(4):
+        decoded.set_epoch(epoch), headers.set_epoch(epoch)
+        for i in range(3):
+            assert torch.equal(decoded[i]["video"], headers[i]["video"]) and decoded[i]["fps"] == headers[i]["fps"]
+
+
+def test_frames_deep_in_a_video_are_those_that_a_reading_from_the_start_finds(long_video):
+    path = long_video / "long.mp4"
+    truth, _ = data.read_clip(path)
+    clips = ClipFolder(long_video, frames=4, size=32)
+    for wanted in ([0], [59], [30, 31, 35], [3, 57]):
+        found = data.read_pictures(path, wanted, clips.times[0])
+        assert all(np.array_equal(one, truth[k]) for one, k in zip(found, wanted)) and len(found) == len(wanted)
+        assert all(np.array_equal(one, truth[k]) for one, k in zip(data.read_pictures(path, wanted, []), wanted))
+
+
+def test_only_what_an_item_needs_is_decoded(long_video, monkeypatch):
+    import clip_files
+
+    (long_video / "folder").mkdir()
+    for k in range(40):
+        Image.new("RGB", (32, 32), (k, 0, 0)).save(long_video / "folder" / f"{k}.png")
+    clips = ClipFolder(long_video, frames=2, size=32, fps=24)
+    decoded, bounded = [], clip_files._bounded
+    monkeypatch.setattr(clip_files, "_bounded", lambda *sizes: decoded.append(1) or bounded(*sizes))
+    clips[clips.clips.index(long_video / "folder")]
+    assert len(decoded) == 2
+
+
+def test_a_clip_that_headers_did_not_betray_is_named_when_it_is_read(long_video, monkeypatch):
+    content = (long_video / "long.mp4").read_bytes()
+    middle = len(content) * 2 // 3
+    (long_video / "long.mp4").write_bytes(content[:middle] + bytes(3000) + content[middle + 3000 :])
+    monkeypatch.setattr(data, "SCAN_SECONDS", 0)
+    try:
+        clips = ClipFolder(long_video, frames=60, size=32)
+        message = None
+        clips[0]
+    except InputError as error:
+        message = str(error)
+    assert message is None or "long.mp4: cannot be read" in message
+    assert message or data.check_clips(long_video, 60) == []
+
+
+def test_check_clips_names_every_bad_clip(tmp_path, video):
+    folder_of(tmp_path, video, "good.gif")
+    data.write_clip(tmp_path / "short.gif", video[:3], 8)
+    (tmp_path / "bad.webp").write_bytes(b"nothing")
+    (tmp_path / "metadata.csv").write_text("file_name,text\ngone.gif,x\n")
+    bad = data.check_clips(tmp_path, 8)
+    assert [any(word in line for line in bad) for word in ("short.gif", "bad.webp", "gone.gif", "good.gif")] == [
+        True, True, True, False]
+    assert len(bad) == 3 and all("\n" not in line for line in bad)
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, video):
+    whole = folder_of(tmp_path, video, "clip.gif") / "clip.gif"
+    content = bytearray(whole.read_bytes())
+    content[6:10] = b"\xff\x7f\xff\x7f"  # 32,767 x 32,767
+    whole.write_bytes(content)
+    refused(tmp_path, "clip.gif: cannot be read", "pixels")
+
+
+def test_delays_that_make_endless_clips_are_refused(tmp_path):
+    pictures = [Image.new("L", (8, 8), 40 * k) for k in range(4)]
+    pictures[0].save(tmp_path / "clip.png", save_all=True, append_images=pictures[1:], duration=[1, 60_000, 1, 60_000])
+    assert len(ClipFolder(tmp_path, frames=2, size=8).sources[0]) == 120_002
+    pictures[0].save(tmp_path / "clip.webp", save_all=True, append_images=pictures[1:], duration=[1, 16_000_000, 1, 9])
+    refused(tmp_path, "clip.webp: cannot be read", "frames", frames=2)

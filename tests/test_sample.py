@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +100,28 @@ def test_without_any_model_the_way_to_one_is_said():
 def test_odd_prompts_are_prompts(model, prompt):
     sample.main([prompt, "--checkpoint", model, "--steps", "1"])
     assert read_clip("clip.gif")[0].shape == (8, 64, 64, 3)
+
+
+def test_a_file_of_prompts_makes_a_clip_each_and_none_again(model, capsys, monkeypatch):
+    Path("prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
+    flags = ["--prompts", "prompts.txt", "--checkpoint", model, "--steps", "1", "--out", "set/c.png"]
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    sample.main(flags)
+    assert [path.name for path in Path("set").iterdir()] == ["c-00002.png"]
+    before = Path("set/c-00002.png").stat().st_mtime_ns
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    sample.main(flags)
+    assert sorted(path.name for path in Path("set").iterdir()) == [f"c-0000{k}.png" for k in (1, 2, 3)]
+    assert Path("set/c-00002.png").stat().st_mtime_ns == before and "c-00002.png is there already" in capsys.readouterr().out
+    sample.main(["a blue square", "--checkpoint", model, "--steps", "1", "--out", "one.png", "--seed", "1"])
+    assert Path("one.png").read_bytes() == Path("set/c-00002.png").read_bytes()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "give prompts, or a file"), (["a", "--prompts", "p.txt"], "give prompts, or a file"),
+    (["--prompts", "none.txt"], "--prompts none.txt: cannot be read"), (["--prompts", "empty.txt"], "no prompts in it")])
+def test_mistakes_with_prompts_are_one_line(model, flags, words):
+    Path("empty.txt").write_text("")
+    with pytest.raises(InputError, match=words) as error:
+        sample.main([*flags, "--checkpoint", model])
+    assert "\n" not in str(error.value)
