@@ -113,8 +113,8 @@ class Latents(Dataset):
             contents = read_checkpoint(path, "magicvideo-latents", mmap=True)
         except InputError:
             return False
-        self.kept = contents["kept"]
-        return contents["key"] == key
+        self.kept = contents.get("kept")
+        return contents.get("key") == key
 
     def __len__(self) -> int:
         return len(self.kept["caption"])

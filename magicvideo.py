@@ -7,7 +7,6 @@ captions that the smallest tokenizer is learned from. Read `train.py` and `sampl
 import copy
 import json
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -176,7 +175,7 @@ class MagicVideo(nn.Module):
             tokenizer = Tokenizer([tuple(pair.split(" ")) for pair in contents["merges"]], config.text.context_length)
             model = cls(config, tokenizer)
             model.load_state_dict(contents["weights"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise InputError(f"{path}: its weights are of another size or version than this code "
                              f"({str(error).splitlines()[0]}); train again or use the code that wrote it") from error
         return model.eval()
@@ -359,7 +358,7 @@ def read_checkpoint(path: str | Path, kind: str, mmap: bool = False) -> dict:
         raise InputError(f"{path}: there is no such file; give a model.pt that train.py wrote")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch has many for a damaged file
         raise InputError(f"{path}: not a checkpoint, or cut off; give a model.pt that train.py wrote") from error
     if not isinstance(contents, dict) or contents.get("format") != kind:
         raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume reads checkpoint.pt')

@@ -293,7 +293,11 @@ def main(arguments: list[str] | None = None) -> None:
         if not flags.out or not (out / "checkpoint.pt").is_file():
             raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
         resumed = read_checkpoint(out / "checkpoint.pt", "magicvideo-training")
-        s = Settings(**json.loads(resumed["settings"]))
+        try:
+            s = Settings(**json.loads(resumed["settings"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{out}/checkpoint.pt: of another version than this code ({error}); start anew with "
+                             f"--init-from {out}/model.pt, or use the code that wrote it") from error
         for name, value in given.items():
             if value != getattr(s, name):
                 raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "

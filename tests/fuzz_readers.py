@@ -40,8 +40,7 @@ def good_files(folder: Path) -> dict[str, bytes]:
     for suffix in (".gif", ".webp", ".png", ".mp4"):
         data.write_clip(folder / f"clip{suffix}", clip, 8)
     model = MagicVideo(SMALLER, Tokenizer.train(data.shape_captions("train"), 560, 12))
-    weights = {name: weight.half() for name, weight in model.state_dict().items() if weight.numel() < 50}
-    write_checkpoint(folder / "model.pt", {"format": "magicvideo", "model": {**model.contents(), "weights": weights}})
+    model.save(folder / "model.pt", torch.float16)
     write_checkpoint(folder / "checkpoint.pt", {"format": "magicvideo-training", "step": 3, "average": [clip[0]]})
     write_checkpoint(folder / "latents.pt", {"format": "magicvideo-latents", "key": "x", "kept": {"mean": clip}})
     texts = {
@@ -49,7 +48,6 @@ def good_files(folder: Path) -> dict[str, bytes]:
         "metadata.csv": 'file_name,text\nclip.gif,"a red, round circle"\nb,blue\n',
         "clip.txt": "a red circle, moving léft\n",
         "merges.txt": "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model.tokenizer.merges[:40]) + "\n",
-        "prompts.txt": "a red circle\na blue square\n",
     }
     return {**{path.name: path.read_bytes() for path in folder.iterdir()},
             **{name: text.encode() for name, text in texts.items()}}
@@ -117,24 +115,29 @@ def one(folder: Path, name: str) -> str:
     return "read"
 
 
+def place(folder: Path, files: dict[str, bytes], name: str, content: bytes) -> None:
+    """Nothing but a file of that name and content in the folder, beside good clips that captions can name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "b").mkdir(parents=True)
+    for k in (1, 2):
+        data.Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "b" / f"{k}.png")
+    if name in ("metadata.jsonl", "metadata.csv", "clip.txt"):
+        (folder / "clip.gif").write_bytes(files["clip.gif"])
+    (folder / name).write_bytes(content)
+
+
 def worker(folder: Path, files: dict[str, bytes], numbers: range, seed: int, report: Path) -> None:
     """Tries inputs, one after the other, and writes before each which it is, and after it what came of it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
-    names = sorted(name for name in files if name != "prompts.txt")
+    names = sorted(files)
     with open(report, "a", buffering=1) as lines:
         for number in numbers:
             chance = random.Random(f"{seed} {number}")
             name = names[number % len(names)]
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "b").mkdir(parents=True)
-            data.Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "b" / "1.png")
-            data.Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "b" / "2.png")
-            if name in ("metadata.jsonl", "metadata.csv", "clip.txt"):
-                (folder / "clip.gif").write_bytes(files["clip.gif"])
-            (folder / name).write_bytes(damaged(files[name], chance))
+            place(folder, files, name, damaged(files[name], chance))
             lines.write(json.dumps([number, name, "begun"]) + "\n")
             lines.write(json.dumps([number, name, one(folder, name)]) + "\n")
 
@@ -151,6 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(folder)
         (folder / "good").mkdir()
         files = good_files(folder / "good")
+        for name in files:
+            place(folder / "clips", files, name, files[name])
+            assert one(folder / "clips", name) == "read", f"{name} is good"
         report = folder / "report"
         while next_input < flags.inputs:
             report.write_text("")

@@ -468,3 +468,10 @@ def test_the_command_ends_with_status_2_and_no_traceback_for_a_user_s_mistake():
     for script, flags in mistakes:
         run = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True)
         assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.strip().count("\n") < 40
+
+
+def test_a_compiled_run_saves_a_model_like_any_other(monkeypatch, whole):
+    compiled = []
+    monkeypatch.setattr(UNet3D, "compile", lambda self: compiled.append(self))
+    train.main([*SHORT, "--out", "run", "--compile", "--parts", "2"])
+    assert len(compiled) == 1 and equal(whole, weights("run/model.pt"))
