@@ -5,7 +5,7 @@ the number of processes, of readers or of parts of a batch changes what is learn
 """
 
 import hashlib
-import signal
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -55,20 +55,28 @@ class Reader(Dataset):
             return place, error
 
 
-def ignore_signals(worker: int) -> None:
-    """In a reader: Ctrl-C reaches every process, and it is the training that must answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def of_its_own(worker: int) -> None:
+    """In a reader: Ctrl-C in a terminal is not for it, since it reaches a whole group of processes."""
+    os.setsid()
 
 
 def read(clips: Dataset, batches: Iterable[list], workers: int) -> Iterator[list[tuple[int, dict]]]:
     """Lists of (place, (epoch, i)) -> lists of (place, item), read ahead by as many processes as `workers`.
 
-    Raises InputError, which names the clip, for one that cannot be read.
+    Raises InputError, which names the clip, for one that cannot be read, and where a process has been ended.
     """
+    workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(Reader(clips), batch_sampler=batches, num_workers=workers, collate_fn=list,
-                        worker_init_fn=ignore_signals)
-    for items in loader:
+                        worker_init_fn=of_its_own if hasattr(os, "setsid") else None)
+    readers = iter(loader)
+    while True:
+        try:
+            items = next(readers, None)
+        except RuntimeError as error:
+            raise InputError(f"--workers {workers}: a process that reads clips has ended "
+                             f"({str(error).splitlines()[0]}); go on with --resume") from error
+        if items is None:
+            return
         for _, item in items:
             if isinstance(item, InputError):
                 raise item

@@ -160,7 +160,7 @@ def _coverage(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndar
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders of clips, and reading one
 
-SCAN_SECONDS = 30  # how long a start may take to decode clips, where it can do with headers
+SCAN_SECONDS = 10  # how long a start may take to decode clips, where it can do with headers
 
 
 class ClipFolder(_Clips):

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -196,7 +196,8 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
     started, waited, lead = time.time(), 0.0, rank() == 0
     bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True,
                disable=not lead)
-    with stop_signals() as stop, ThreadPoolExecutor(together, "part", torch.set_flush_denormal, (True,)) as pool:
+    with (stop_signals() as stop, closing(reader),
+          ThreadPoolExecutor(together, "part", torch.set_flush_denormal, (True,)) as pool):
         for step in bar:
             for optimizer, top in zip(optimizers, (highest, s.muon_lr)):
                 for group in optimizer.param_groups:

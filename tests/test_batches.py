@@ -1,5 +1,9 @@
 """What a step of training sees."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,6 +53,27 @@ def test_a_clip_that_proves_damaged_while_training_is_named(workers, tmp_path):
     with pytest.raises(InputError) as error:
         next(reader)
     assert "b.gif: cannot be read" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["left alone", "ended"])
+def test_readers_end_with_the_program_and_one_that_is_ended_is_a_mistake_in_one_line(how):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(batches.__file__).parent)!r})
+import batches, multiprocessing
+from data import ShapesDataset
+reader = batches.read(ShapesDataset("train", 2, 16), ([(0, (0, i))] for i in range(100_000)), 2)
+next(reader)
+if {how == "ended"}:
+    [child.terminate() for child in multiprocessing.active_children()]
+    try:
+        list(reader)
+    except batches.InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ("--workers 2: a process that reads clips has ended" in done.stdout) == (how == "ended")
 
 
 @pytest.fixture
