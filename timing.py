@@ -211,6 +211,8 @@ def levers(config: MagicVideoConfig, batch: tuple, rounds: int) -> list[dict]:
     device, target, steps, nets = batch[0].device, torch.randn_like(batch[0]), {}, {}
     arms = {"plain": ("fp32", 1), "--parts 2": ("fp32", 2), "--precision bf16": ("bf16", 1),
             "--gradient-checkpointing": ("fp32", 1), "--compile": ("fp32", 1)}
+    if device.type == "cpu":
+        del arms["--compile"]  # it took more than ten minutes to begin, on two cores
     for name, (precision, parts) in arms.items():
         nets[name] = ours(config).to(device)
         for module in nets[name].modules():
