@@ -63,20 +63,12 @@ def of_its_own(worker: int) -> None:
 def read(clips: Dataset, batches: Iterable[list], workers: int) -> Iterator[list[tuple[int, dict]]]:
     """Lists of (place, (epoch, i)) -> lists of (place, item), read ahead by as many processes as `workers`.
 
-    Raises InputError, which names the clip, for one that cannot be read, and where a process has been ended.
+    Raises InputError, which names the clip, for one that cannot be read.
     """
     workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(Reader(clips), batch_sampler=batches, num_workers=workers, collate_fn=list,
                         worker_init_fn=of_its_own if hasattr(os, "setsid") else None)
-    readers = iter(loader)
-    while True:
-        try:
-            items = next(readers, None)
-        except RuntimeError as error:
-            raise InputError(f"--workers {workers}: a process that reads clips has ended "
-                             f"({str(error).splitlines()[0]}); go on with --resume") from error
-        if items is None:
-            return
+    for items in loader:
         for _, item in items:
             if isinstance(item, InputError):
                 raise item

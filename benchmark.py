@@ -12,20 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_text import CLIPTextEncoder
 from data import InputError
-from magicvideo import PRESETS, MagicVideoConfig, choose_device, is_new_part
-from timing import measure
+from magicvideo import PRESETS, MagicVideoConfig, choose_device
+from timing import measure, parameters
 from unet3d import DirectedTemporalAttention, FrameAdaptor, UNet3D, UNetConfig
 from vae import VideoVAE
-
-
-def parameters(module: nn.Module, new: bool | None = None) -> int:
-    """How many numbers a module learns: all, the image model's (new=False), or those that MagicVideo adds (True)."""
-    return sum(p.numel() for name, p in module.named_parameters() if new is None or is_new_part(name) == new)
 
 
 def flops(run: Callable, attention: bool = False) -> int:

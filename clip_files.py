@@ -135,7 +135,7 @@ def _named(path: Path):
 
 def _bounded(width: int, height: int) -> None:
     if not 0 < width * height <= MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, more than {MOST_PIXELS:,}")
+        raise ValueError(f"{width} x {height} pixels: must be 1 to {MOST_PIXELS:,}")
 
 
 def _images(folder: Path) -> list[Path]:

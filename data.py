@@ -209,9 +209,10 @@ class ClipFolder(_Clips):
         return found
 
     def identity(self) -> str:
-        """All that the items depend on: settings, and name, bytes and last change of every clip."""
-        found = ((clip.name, clip.stat().st_size, clip.stat().st_mtime_ns) for clip in self.clips)
-        return f"{super().identity()} {self.captions} {list(found)}"
+        """All that the items depend on: settings, and name, bytes and last change of every file."""
+        files = (file for clip in self.clips for file in (sorted(clip.iterdir()) if clip.is_dir() else [clip]))
+        found = [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+        return f"{super().identity()} {self.captions} {found}"
 
     def __getitem__(self, i: int) -> dict:
         i = range(self.length)[i]

@@ -24,18 +24,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import InputError
-from magicvideo import PRESETS, MagicVideoConfig
+from magicvideo import PRESETS, MagicVideoConfig, is_new_part
 from parallel import backward, keep_freed_memory
 from progress import commit
 from settings import PRESET_SETTINGS, Settings
 from unet3d import Level, UNet3D
 
 WITHIN = 0.1  # of our parameters
-
-
-def ours(config: MagicVideoConfig) -> nn.Module:
-    """Our U-Net."""
-    return UNet3D(config.unet)
 
 
 class DiffusersUNet(nn.Module):
@@ -90,9 +85,9 @@ PEERS = {
 }
 
 
-def parameters(module: nn.Module) -> int:
-    """How many numbers a module learns."""
-    return sum(p.numel() for p in module.parameters())
+def parameters(module: nn.Module, new: bool | None = None) -> int:
+    """How many numbers a module learns: all, the image model's (new=False), or those that MagicVideo adds (True)."""
+    return sum(p.numel() for name, p in module.named_parameters() if new is None or is_new_part(name) == new)
 
 
 def matched(peer: Callable, config: MagicVideoConfig, target: int) -> nn.Module | None:
@@ -110,9 +105,7 @@ def matched(peer: Callable, config: MagicVideoConfig, target: int) -> nn.Module 
 
 
 def training_step(unet: nn.Module, batch: tuple, target: Tensor, precision: str, parts: int) -> Callable:
-    """What one step of training does to the U-Net: the loss, its gradients, AdamW. In `parts` as train.py has it: on a
-    CPU side by side, on a GPU in turn.
-    """
+    """What one step of training does to the U-Net: the loss, its gradients (in `parts` as train.py has it), AdamW."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
     autocast = partial(torch.autocast, target.device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
     pool = ThreadPoolExecutor(parts if target.device.type == "cpu" else 1, "part", torch.set_flush_denormal, (True,))
@@ -214,7 +207,7 @@ def levers(config: MagicVideoConfig, batch: tuple, rounds: int) -> list[dict]:
     if device.type == "cpu":
         del arms["--compile"]  # it took more than ten minutes to begin, on two cores
     for name, (precision, parts) in arms.items():
-        nets[name] = ours(config).to(device)
+        nets[name] = UNet3D(config.unet).to(device)
         for module in nets[name].modules():
             if isinstance(module, Level):
                 module.checkpointing = name == "--gradient-checkpointing"
@@ -230,7 +223,7 @@ def levers(config: MagicVideoConfig, batch: tuple, rounds: int) -> list[dict]:
 def compared(config: MagicVideoConfig, batch: tuple, precision: str, parts: int, rounds: int) -> list[dict]:
     """Seconds of a training step and of a sampling step, ours and of every peer that is installed."""
     device, target = batch[0].device, torch.randn_like(batch[0])
-    unet = ours(config).to(device)
+    unet = UNet3D(config.unet).to(device)
     networks, size, rows = {"MagicVideo": unet}, parameters(unet), []
     for name, peer in PEERS.items():
         try:

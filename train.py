@@ -349,6 +349,11 @@ def main(arguments: list[str] | None = None) -> None:
             if stage != "vae" and source is clips and s.cache:
                 source = Latents(model, clips, count, out / "latents.pt")
             train_stage(model, clips, source, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
+    except RuntimeError as error:  # torch says so wherever the program is at that moment
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(f"--workers {s.workers}: a process that reads clips has ended ({str(error).splitlines()[0]}); "
+                         f"go on with: python train.py --resume --out {out}") from error
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
         raise InputError(f"stopped; go on with: python train.py --resume --out {out}" if saved

@@ -38,7 +38,7 @@ PLACES = ("amid writing", "before the flush", "before the rename", "after the re
 
 
 def started(out: Path, prepare=lambda: None) -> int:
-    """A process that trains in `out`, or goes on there -> its number; it ends with status 2 for an error of a user's."""
+    """A process that trains in `out`, or goes on there -> its number; status 2 is an error of a user's."""
     child = os.fork()
     if child:
         return child
@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
                 **read_checkpoint(kept, "magicvideo-training"))
             good = whole(out) and ended(started(out)) == 0 and same(out, reference)
             lost += not good
-            print(f"kill {k + 1}: {place} {nth}, status {status}, kept {step}: {'good' if good else 'LOST'}", flush=True)
+            verdict = "good" if good else "LOST"
+            print(f"kill {k + 1}: {place} {nth}, status {status}, kept {step}: {verdict}", flush=True)
 
         out = folder / "full"
         child = started(out)

@@ -81,8 +81,9 @@ def test_the_table_has_every_preset_and_an_unknown_one_is_refused(capsys):
 
 def test_peers_have_our_number_of_parameters_within_a_tenth_and_the_shape_of_our_output(tmp_path, capsys):
     pytest.importorskip("diffusers")
-    benchmark.main(["--time", "--rounds", "1", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "t.json")])
-    found = json.loads((tmp_path / "t.json").read_text())
+    out = tmp_path / "t.json"
+    benchmark.main(["--time", "--rounds", "1", "--batch-size", "2", "--device", "cpu", "--out", str(out)])
+    found = json.loads(out.read_text())
     rows = {(row["kind"], row["network"]): row for row in found["rows"]}
     size = rows["training", "MagicVideo"]["parameters"]
     assert size == sum(p.numel() for p in UNet3D(PRESETS["tiny"].unet).parameters())

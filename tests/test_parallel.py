@@ -75,8 +75,8 @@ try:
 except train.InputError as error:
     sys.exit(f"train.py: {error}")
 """
-FLAGS = ["--vae-steps", "3", "--image-steps", "2", "--video-steps", "3", "--cache", "8", "--thumbnail", "0", "--muon-lr",
-         "0", "--device", "cpu", "--sample-every", "0", "--save-every", "1"]
+FLAGS = ["--vae-steps", "3", "--image-steps", "2", "--video-steps", "3", "--cache", "8", "--thumbnail", "0",
+         "--muon-lr", "0", "--device", "cpu", "--sample-every", "0", "--save-every", "1"]
 
 
 def run(folder, ranks, *flags, extra="", torchrun=()):
@@ -148,11 +148,9 @@ def test_torchrun_starts_a_dead_run_again_from_its_last_checkpoint(alone, tmp_pa
     assert alike(alone, weights(tmp_path), 1e-9)
 
 
-def test_torchrun_without_out_is_refused(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("")
+def test_torchrun_without_out_is_refused():
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    code = "import parallel, train; parallel.dist.init_process_group = lambda _: None; parallel.world = train.world = " \
-           "lambda: 2; train.main([])"
+    code = ("import parallel, train; parallel.dist.init_process_group = lambda _: None; "
+            "parallel.world = train.world = lambda: 2; train.main([])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert re.search("InputError: torchrun: add --out", done.stderr)

@@ -150,6 +150,18 @@ def test_a_stop_before_the_first_step_leaves_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("said, error", [
+    ("DataLoader worker (pid 7) is killed by signal: Terminated.", InputError), ("other", RuntimeError)])
+def test_a_reader_that_is_ended_is_one_line_and_other_errors_stay_what_they_are(said, error, monkeypatch):
+    def ended(*arguments):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(train, "train_stage", ended)
+    with pytest.raises(error, match=re.escape(said)) as caught:
+        train.main(SHORT)
+    assert type(caught.value) is error and (error is RuntimeError or "--resume --out" in str(caught.value))
+
+
 def test_the_same_seed_makes_the_same_model_and_another_seed_another():
     for out, seed in (("one", "3"), ("two", "3"), ("three", "4")):
         train.main([*SHORT, "--out", out, "--seed", seed])
