@@ -80,11 +80,12 @@ def scan(path: Path, whole: bool) -> tuple[list[Fraction], Sequence[int], set[tu
             with Image.open(_images(path)[0]) as frame:
                 return [Fraction(1, FOLDER_RATE)] * len(_images(path)), [], {frame.size}
         with _video(path) as (container, stream):
-            times = [packet.pts for packet in _packets(container, stream) if packet.size and packet.pts is not None]
-            times.sort()
+            times = [packet.pts for packet in _packets(container, stream) if packet.size and not packet.is_discard]
+            if None in times or len(set(times)) < len(times):
+                return scan(path, whole=True)  # only the decoder knows which pictures there are
             if not times or len(times) < stream.frames:
                 raise EOFError("cut off")
-            return [_shown(stream)] * len(times), _compact(times), {(stream.width, stream.height)}
+            return [_shown(stream)] * len(times), _compact(sorted(times)), {(stream.width, stream.height)}
 
 
 def decode(path: Path, wanted: list[int] | None = None, start: int | None = None) -> Iterator:

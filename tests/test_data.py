@@ -326,6 +326,9 @@ def test_a_real_mp4_has_the_very_frames_that_av_decodes(real_clips, tmp_path):
     clips = ClipFolder(tmp_path, frames=8, size=144, fps=10)
     assert clips.summary().endswith("1 clips, 0 captions, 176x144 pixels, 120 frames, 29.97 frames a second")
     got = data.to_uint8(clips[0]["video"])
+    for path_ in sorted(real_clips.glob("*.mp4")):  # headers tell what decoding does
+        (seconds, times, sizes), found = data.scan(path_, whole=True), data.scan(path_, whole=False)
+        assert (seconds, list(times), sizes) == (found[0], list(found[1]), found[2])
     centre = truth[:, :, 16:160]
     (start,) = [s for s in range(120 - 21) if np.array_equal(got[0], centre[s])]
     assert np.array_equal(got, centre[start : start + 22 : 3]) and clips[0]["fps"] == rate / 3
