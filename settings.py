@@ -41,6 +41,7 @@ class Settings:
     thumbnail: float = setting(0.1, "weight of the VAE's term that makes three latents a thumbnail of the frame")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
+    word_dropout: float = setting(0.0, "part of the words left out of the other captions, each by chance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
     gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
     cache: int = setting(3600, "clips, cut at random, that are encoded once for all steps; 0 = encoded in every step")
@@ -101,6 +102,6 @@ def check(s: Settings) -> None:
     at_least_one = ("batch_size", "vae_batch_size", "parts", "save_every")
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
-        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout") else 2**62
+        least, most = int(f.name in at_least_one), 1 if f.name in ("ema", "text_dropout", "word_dropout") else 2**62
         if f.type is not str and not least <= value <= most:
             raise InputError(f"{flag} {value}: must be at least {least}{' and at most 1' if most == 1 else ''}")

@@ -86,6 +86,20 @@ def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
     return F.mse_loss(mean[:, :, :3], small) + free.square().mean()
 
 
+def heard(caption: str, s: Settings, generator: torch.Generator) -> str:
+    """What a step reads of a caption: nothing, for the unconditional branch of guidance, or it without some words.
+
+    Words that come and go teach what each means by itself (ours).
+    """
+    if torch.rand((), generator=generator) < s.text_dropout:
+        return ""
+    if not s.word_dropout:
+        return caption
+    words = caption.split()
+    kept = torch.rand(len(words), generator=generator) >= s.word_dropout
+    return " ".join(word for word, keep in zip(words, kept) if keep)
+
+
 def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings,
               stage: str) -> tuple[Tensor, list]:
     """The diffusion loss on the latents of a batch, or a part of one, of clips (b, f, ...) or frames (b, 1, ...).
@@ -96,7 +110,7 @@ def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Se
     mean, logvar = stacked(items, "mean", weight), stacked(items, "logvar", weight)  # (b, f, 4, h/8, w/8)
     noise = s.latent_noise * normal(mean.shape, generators).to(mean)
     z0 = model.vae.sample_latents(mean, logvar, noise)
-    context = model.encode_text([item["caption"] if torch.rand((), generator=generator) >= s.text_dropout else ""
+    context = model.encode_text([heard(item["caption"], s, generator)
                                  for generator, (_, item) in zip(generators, items)])
     fps = torch.tensor([item["fps"] for _, item in items], device=model.device) if stage == "video" else None
     errors, t = model.diffusion.errors(model.unet, z0, context, fps, generators)  # (b, f) each
@@ -269,6 +283,8 @@ def new_folder(name: str) -> Path:
 
 def report(folder: str, frames: int) -> None:
     """--check-data: a line for every clip that cannot be used; raises InputError if there is one."""
+    if folder == "shapes":
+        raise InputError("--check-data: the embedded shapes are no files; add --data FOLDER")
     bad = check_clips(folder, frames)
     print(*bad, sep="\n")
     if bad:
@@ -307,11 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
         preset = "paper" if Path(given.get("init_from") or "-").is_dir() else given.get("preset", "tiny")
         s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
         check(s)
-        if flags.check_data:
-            return report(s.data, s.frames or PRESETS[s.preset].unet.frames)
         out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
         if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
             raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
+    if flags.check_data:
+        return report(s.data, s.frames or PRESETS[s.preset].unet.frames)
     torch.manual_seed(s.seed)
     model = None
     if resumed:

@@ -457,12 +457,25 @@ def test_a_folder_of_clips_trains_and_names_the_next_command(capsys):
     (["--resume", "--out", "empty"], "--resume.*checkpoint.pt.*empty"),
     (["--device", "abacus"], "--device abacus"),
     (["--frames", "-3"], "--frames -3"),
+    (["--check-data"], "--check-data.*--data FOLDER"),
+    (["--check-data", "--data", "nowhere"], "nowhere: no such folder"),
 ])
 def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, flags, words):
     with pytest.raises(InputError) as error:
         train.main([*SHORT, *flags])
     assert re.search(words, str(error.value)) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_data_names_what_is_bad_and_trains_nothing(capsys):
+    Path("clips").mkdir()
+    write_clip("clips/good.gif", ShapesDataset("train", 8, 32)[0]["video"], 8)
+    train.main(["--data", "clips", "--frames", "4", "--check-data"])
+    assert "every clip can be decoded" in capsys.readouterr().out
+    Path("clips/bad.gif").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="--check-data: clips cannot be used as it is"):
+        train.main(["--data", "clips", "--frames", "4", "--check-data"])
+    assert "bad.gif: cannot be read" in capsys.readouterr().out and not Path("runs").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_other_settings_do_not_resume_it():
