@@ -9,6 +9,7 @@ import argparse
 import colorsys
 import json
 import math
+import os
 import shlex
 import sys
 from collections import Counter
@@ -16,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -64,7 +64,8 @@ def make_optimizers(model: nn.Module, groups: list[dict], muon: bool) -> list[to
                 if muon and isinstance(module, MATRICES) and name.split(".")[-1] not in ("conv_in", "conv_out")}
     split = [[{**group, "params": [p for p in group["params"] if (id(p) in matrices) == kind]} for group in groups]
              for kind in (False, True)]
-    adamw = torch.optim.AdamW(split[0], betas=(0.9, 0.99), weight_decay=0.0)
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())  # in one kernel, not one for each weight
+    adamw = torch.optim.AdamW(split[0], betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     return [adamw, Muon([{**group, "factor": 1.0} for group in split[1]])] if muon else [adamw]
 
 

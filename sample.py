@@ -5,9 +5,12 @@ over the GPUs of one machine or many. Clips that are there already are not made 
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
 
 import torch
 from tqdm import tqdm

@@ -106,7 +106,7 @@ def matched(peer: Callable, config: MagicVideoConfig, target: int) -> nn.Module 
 
 def training_step(unet: nn.Module, batch: tuple, target: Tensor, precision: str, parts: int) -> Callable:
     """What one step of training does to the U-Net: the loss, its gradients (in `parts` as train.py has it), AdamW."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
     autocast = partial(torch.autocast, target.device.type, torch.bfloat16, precision == "bf16", cache_enabled=False)
     pool = ThreadPoolExecutor(parts if target.device.type == "cpu" else 1, "part", torch.set_flush_denormal, (True,))
     used = [p for p in unet.parameters() if p.requires_grad]

@@ -11,6 +11,7 @@ stopped, and several processes train as one does (`parallel.py`). Where a step's
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -19,6 +20,8 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
 
 import torch
 import torch.nn.functional as F

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,18 @@ def test_mistakes_with_prompts_are_one_line(model, flags, words):
     with pytest.raises(InputError, match=words) as error:
         sample.main([*flags, "--checkpoint", model])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "evaluate.py"])
+def test_torch_starts_with_threads_that_wait_without_spinning(tmp_path, script):
+    # a torch that only says what it finds: the policy is read once, when the library is loaded
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, sys; sys.exit(os.environ['OMP_WAIT_POLICY'])")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment.pop("OMP_WAIT_POLICY", None)
+    run = [sys.executable, str(Path(sample.__file__).parent / script)]
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)
+    assert found.stderr.strip() == "PASSIVE"
+    found = subprocess.run(run, env={**environment, "OMP_WAIT_POLICY": "ACTIVE"}, capture_output=True, text=True,
+                           timeout=60)
+    assert found.stderr.strip() == "ACTIVE"
