@@ -1,63 +1,35 @@
 """MagicVideo, the whole as one object: prompts -> text encoder -> 3D U-Net under diffusion -> VideoVAE -> clips.
 
 The five files it joins are one idea each: `clip_text.py`, `vae.py`, `unet3d.py`, `diffusion.py`, and `data.py` for the
-captions that the smallest tokenizer is learned from. Read `train.py` and `sample.py` next: how it is made and used.
+captions that the smallest tokenizer is learned from; `cascade.py` has what follows the key frames. Read `train.py` and `sample.py` next: how it is made and used.
 """
 
 import copy
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
+from cascade import FACTOR, interpolate, interpolation_config, later_diffusion, start_interpolation, upscale
+from clip_text import CLIPTextEncoder, Tokenizer
+from config import PRESETS, MagicVideoConfig, config_from_dict
 from data import InputError, shape_captions
-from diffusion import SAMPLERS, Diffusion, DiffusionConfig
-from unet3d import UNet3D, UNetConfig
-from vae import VAEConfig, VideoVAE
-
-
-@dataclass
-class MagicVideoConfig:
-    """Sizes of all parts; the defaults are the paper's: Stable Diffusion 1.x on 16 frames of 256 x 256."""
-
-    size: int = 256  # height and width of a frame, in pixels
-    pretrained: bool = False  # started from Stable Diffusion: text encoder and VAE encoder stay as they are
-    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-
-
-PRESETS = {
-    # the shapes demo: 8 frames of 64 x 64, trained from nothing on two CPU cores (sizes measured, see README)
-    "tiny": MagicVideoConfig(
-        size=64,
-        text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
-        vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
-        unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=2, groups=8, context_width=96,
-                        frames=8),
-        diffusion=DiffusionConfig(zero_terminal_snr=True, prediction="v_prediction", frame_lag=100,
-                                  guidance_power=5.0, guidance_rescale=1.0),
-    ),
-    # one GPU, from scratch on people's own clips: 16 frames of 128 x 128
-    "small": MagicVideoConfig(
-        size=128,
-        text=CLIPTextConfig(vocab_size=8192, width=512, layers=6, heads=8),
-        vae=VAEConfig(channels=(64, 128, 256, 256)),
-        unet=UNetConfig(channels=(128, 256, 384, 384), context_width=512),
-    ),
-    "paper": MagicVideoConfig(),
-}
+from diffusion import SAMPLERS, Diffusion
+from stable_diffusion import SD_PARTS, is_new_part, load_part, read_stable_diffusion
+from unet3d import UNet3D
+from vae import VideoVAE
 
 
 class MagicVideo(nn.Module):
-    """Text to video by latent diffusion (paper §3): `.tokenizer .text_encoder .vae .unet .diffusion`."""
+    """Text to video by latent diffusion (paper §3): `.tokenizer .text_encoder .vae .unet .diffusion`.
+
+    What follows the key frames is None until it is trained: `.interpolator .upscaler` (see `cascade.py`).
+    """
 
     def __init__(self, config: MagicVideoConfig, tokenizer: Tokenizer):
         super().__init__()
@@ -67,6 +39,20 @@ class MagicVideo(nn.Module):
         self.vae = VideoVAE(config.vae)
         self.unet = UNet3D(config.unet)
         self.diffusion = Diffusion(config.diffusion)
+        self.later_diffusion = later_diffusion(config.diffusion)
+        later = config.later
+        self.interpolator = UNet3D(interpolation_config(config.unet)) if "interpolate" in later else None
+        self.upscaler = UNet3D(config.upscale) if "upscale" in later else None
+
+    def add_later(self, stage: str) -> None:
+        """Gives the model the network of a later stage, "interpolate" or "upscale", untrained, if it has none."""
+        if stage in self.config.later:
+            return
+        self.config.later = (*self.config.later, stage)
+        if stage == "interpolate":
+            self.interpolator = start_interpolation(self.unet)
+        else:
+            self.upscaler = UNet3D(self.config.upscale).to(self.device)
 
     @classmethod
     def from_preset(cls, name: str, frames: int | None = None, captions: list[str] | None = None) -> "MagicVideo":
@@ -92,14 +78,23 @@ class MagicVideo(nn.Module):
         """Captions -> what the U-Net's cross-attention reads, (b, l, d); "" is the unconditional branch of guidance."""
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
-    @torch.no_grad()
     def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50, guidance: float = 7.5,
                sampler: str = "ddim", seed: int = 0, eta: float = 0.0, frames: int | None = None,
                progress: Callable = lambda steps: steps) -> Tensor:
         """Prompts -> clips (b, f, 3, h, w) in [-1, 1] (paper §3; sampler, steps and guidance are SD's).
 
+        What the settings are: `sample_latents`.
+        """
+        return self.decode(self.sample_latents(prompts, fps, steps, guidance, sampler, seed, eta, frames, progress))
+
+    @torch.no_grad()
+    def sample_latents(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50, guidance: float = 7.5,
+                       sampler: str = "ddim", seed: int = 0, eta: float = 0.0, frames: int | None = None,
+                       progress: Callable = lambda steps: steps) -> Tensor:
+        """Prompts -> the latents of clips (b, f, 4, h/8, w/8), the key frames.
+
         Clip i is drawn with seed + i, so it is the same alone or in a batch. Without fps the image model draws single
-        pictures (b, 1, 3, h, w). `progress` wraps the list of steps.
+        pictures (b, 1, 4, h/8, w/8). `progress` wraps the list of steps.
         Raises InputError for values out of range, and for a number of frames that the adaptors were not trained for.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -120,10 +115,58 @@ class MagicVideo(nn.Module):
         shape = (len(prompts), 1 if fps is None else trained, self.config.vae.latent_channels, side, side)
         context, uncond = self.encode_text(prompts), self.encode_text([""] * len(prompts))
         rate = None if fps is None else torch.full((len(prompts),), float(fps), device=self.device)
-        latents = self.diffusion.sample(
+        return self.diffusion.sample(
             self.unet, shape, context, uncond, rate, sampler, steps, guidance, eta, generators, progress)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, f, 4, h/8, w/8) -> clips (b, f, 3, h, w) in [-1, 1]."""
         # clip by clip: at 16 x 256 x 256 the decoder needs gigabytes for each
         return torch.cat([self.vae.decode(z).clamp(-1, 1) for z in latents.split(1)])
+
+    @torch.no_grad()
+    def interpolate(self, keys: Tensor, prompts: list[str], fps: float, steps: int = 20, seed: int = 0,
+                    progress: Callable = lambda steps: steps) -> Tensor:
+        """Key latents (b, f, ...) at `fps` -> latents (b, 4f-3, ...) at four times the rate (paper: interpolation).
+
+        Raises InputError for a model without that stage, and for a single key frame.
+        """
+        self.needs("interpolate")
+        if keys.shape[1] < 2:
+            raise InputError("--interpolate: one key frame has none beside it; use a model of two frames or more")
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        rate = torch.full((len(prompts),), float(fps), device=self.device)
+        return interpolate(self.interpolator, self.later_diffusion, keys, self.encode_text(prompts), rate, steps,
+                           generators, progress)
+
+    @torch.no_grad()
+    def upscale(self, videos: Tensor, prompts: list[str], steps: int = 8, seed: int = 0, same_noise: bool = False,
+                tile: int = 0, progress: Callable = lambda steps: steps) -> Tensor:
+        """Clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), see `cascade.upscale` (paper: super-resolution).
+
+        Raises InputError for a model without that stage, for tiles it cannot halve, and where memory is too small.
+        """
+        self.needs("upscale")
+        clips = []
+        for i, (video, context) in enumerate(zip(videos, self.encode_text(prompts).split(1))):
+            try:
+                clips.append(upscale(self.upscaler, self.later_diffusion, video, context, steps, seed + i, same_noise,
+                                     tile, progress))
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, "can't allocate memory" on a CPU
+                if "memory" not in str(error):
+                    raise
+                smaller = max(tile // 2, 64) if tile else 256
+                raise InputError(f"--upscale: {FACTOR * video.shape[-1]} x {FACTOR * video.shape[-2]} pixels do not "
+                                 f"fit the memory; add --tile {smaller}") from error
+        return torch.stack(clips)
+
+    def needs(self, stage: str) -> None:
+        """Raises InputError, with the command that trains it, if the model has no such later stage."""
+        if stage not in self.config.later:
+            raise InputError(f"--{stage}: this model has no such stage; train it: python train.py --stage {stage} "
+                             f"--init-from MODEL.pt")
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, made_by: str = "") -> None:
         """Writes weights, sizes and tokenizer to one file; the old file stays whole until the new one is.
@@ -189,143 +232,8 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or there[0])
 
 
-def config_from_dict(values: dict) -> MagicVideoConfig:
-    """The inverse of `dataclasses.asdict` after a round trip through JSON, which turns tuples into lists."""
-    parts = {"text": CLIPTextConfig, "vae": VAEConfig, "unet": UNetConfig, "diffusion": DiffusionConfig}
-    made = {name: part(**{key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()})
-            for name, part in parts.items()}
-    return replace(MagicVideoConfig(**made), size=values["size"], pretrained=values.get("pretrained", False))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's folders (the layout of diffusers)
-
-SD_PARTS = ("text_encoder", "vae", "unet")  # folders there, attributes here
-SD_SOURCE = "get a diffusers-layout Stable Diffusion 1.x folder, stable-diffusion-v1-5 for example"
-# what our modules are written for, where a config.json can say otherwise
-SD_FIXED = {
-    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "out_channels": 4,
-             "in_channels": 4, "use_linear_projection": False, "dual_cross_attention": False, "downsample_padding": 1,
-             "only_cross_attention": False, "class_embed_type": None, "addition_embed_type": None},
-    "vae": {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True},
-    "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-}
-# names of the VAE's attention in files written before May 2023
-SD_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def is_new_part(name: str) -> bool:
-    """Whether a parameter of that name is MagicVideo's own, one that Stable Diffusion does not have."""
-    return any(part in name for part in ("adaptor", "temporal", "fps_embedding"))
-
-
-def read_stable_diffusion(folder: Path, frames: int) -> tuple[MagicVideoConfig, Tokenizer]:
-    """Sizes and tokenizer of a Stable Diffusion 1.x folder; InputError, with what to get instead, for another one."""
-    if not folder.is_dir():
-        what = "one file; this reads folders" if folder.is_file() else "there is no such folder"
-        raise InputError(f"{folder}: {what}; {SD_SOURCE} (diffusers' from_single_file and save_pretrained make one of "
-                         f"a single file)")
-    if (folder / "text_encoder_2").is_dir():
-        raise InputError(f"{folder}: two text encoders, so SDXL or later; {SD_SOURCE}")
-    read = {part: read_json(folder / part / "config.json") for part in SD_PARTS}
-    for part, fixed in SD_FIXED.items():
-        for key, value in fixed.items():
-            if read[part].get(key, value) != value:
-                raise InputError(f"{folder}/{part}/config.json: {key} is {read[part][key]!r}, in Stable Diffusion 1.x "
-                                 f"it is {value!r}; {SD_SOURCE}")
-    unet, vae, text = read["unet"], read["vae"], read["text_encoder"]
-    try:
-        heads, channels = unet["attention_head_dim"], tuple(vae["block_out_channels"])
-        if not isinstance(heads, int) or unet["cross_attention_dim"] != text["hidden_size"]:
-            raise InputError(f"{folder}: its U-Net is of another generation (attention_head_dim {heads}, text width "
-                             f"{unet['cross_attention_dim']}); {SD_SOURCE}")
-        config = MagicVideoConfig(
-            size=min(256, unet["sample_size"] * 2 ** (len(channels) - 1)), pretrained=True,
-            text=CLIPTextConfig(text["vocab_size"], text["max_position_embeddings"], text["hidden_size"],
-                                text["num_hidden_layers"], text["num_attention_heads"]),
-            vae=VAEConfig(channels, vae["latent_channels"], vae["layers_per_block"], vae["norm_num_groups"],
-                          vae.get("scaling_factor", 0.18215)),
-            unet=UNetConfig(unet["in_channels"], unet["out_channels"], tuple(unet["block_out_channels"]),
-                            tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"]),
-                            unet["layers_per_block"], heads, unet["norm_num_groups"], unet["cross_attention_dim"],
-                            frames))
-        tokenizer = Tokenizer.from_clip(folder / "tokenizer", config.text.context_length)
-    except KeyError as error:
-        raise InputError(f"{folder}: a config.json has no {error}; {SD_SOURCE}") from error
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(str(error)) from error
-    if tokenizer.vocab_size != config.text.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} symbols, the text encoder "
-                         f"{config.text.vocab_size}; take both from one model")
-    return config, tokenizer
-
-
-def load_part(module: nn.Module, folder: Path) -> int:
-    """Fills a module from a folder's weights, strictly, and returns how many parameters: only new parts may be missing.
-
-    Raises InputError for a weight that is missing, left over or of another shape.
-    """
-    given, ours = {}, module.state_dict()
-    for name, weight in read_weights(folder).items():
-        for old, new in SD_OLD_NAMES.items():
-            name = name.replace(old, new)
-        if folder.name == "text_encoder" and not name.startswith("text_model."):
-            name = "text_model." + name  # as transformers 5 writes it
-        if name in ours and weight.shape == (*ours[name].shape, 1, 1):
-            weight = weight[..., 0, 0]  # old VAE attentions are 1x1 convolutions
-        given[name] = weight
-    given.pop("text_model.embeddings.position_ids", None)  # 0 .. 76, in older files
-    missing = [name for name in ours if name not in given and not is_new_part(name)]
-    over = [name for name in given if name not in ours]
-    other = [name for name in given if name in ours and given[name].shape != ours[name].shape]
-    if missing or over or other:
-        name = (missing + over + other)[0]
-        raise InputError(f"{folder}: {len(missing)} weights missing, {len(over)} left over, {len(other)} of another "
-                         f"shape than its config.json says, {name} first; {SD_SOURCE}")
-    module.load_state_dict(given, strict=False)  # what is not given was checked above
-    return sum(weight.numel() for weight in given.values())
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a part: one file or shards with their index, .safetensors or .bin, full precision before fp16."""
-    stem = "diffusion_pytorch_model", "model", "pytorch_model"
-    names = [f"{name}{variant}.{kind}" for variant in ("", ".fp16") for kind in ("safetensors", "bin") for name in stem]
-    names += [f"{name}.{kind}.index{variant}.json" for variant in ("", ".fp16") for kind in ("safetensors", "bin")
-              for name in stem]
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{folder}: no weights (.safetensors or .bin) here; {SD_SOURCE}")
-    if file.suffix != ".json":
-        return read_tensors(file)
-    shards = sorted(set(read_json(file).get("weight_map", {}).values()))
-    return {name: tensor for shard in shards for name, tensor in read_tensors(folder / Path(shard).name).items()}
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one .safetensors or .bin, on the CPU; no code in the file is run. InputError if it is damaged."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise InputError(f"{file}: .safetensors files need a package: pip install safetensors") from error
-    except Exception as error:  # safetensors and torch have many for a damaged file
-        raise InputError(f"{file}: missing, damaged or cut off ({str(error).splitlines()[0][:80]}); download it "
-                         f"again") from error
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object; InputError if the file is missing or holds something else."""
-    try:
-        contents = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: there is no such file; {SD_SOURCE}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not JSON ({error}); download it again") from error
-    if not isinstance(contents, dict):
-        raise InputError(f"{file}: not a JSON object; download it again")
-    return contents
+# Files
 
 
 def write_checkpoint(path: str | Path, contents: dict) -> None:

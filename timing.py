@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import InputError
-from magicvideo import PRESETS, MagicVideoConfig, is_new_part
+from magicvideo import PRESETS, MagicVideoConfig
 from parallel import backward, keep_freed_memory
 from progress import commit
 from settings import PRESET_SETTINGS, Settings
+from stable_diffusion import is_new_part
 from unet3d import Level, UNet3D
 
 WITHIN = 0.1  # of our parameters

@@ -32,12 +32,13 @@ from tqdm import tqdm
 from batches import Frames, Latents, encode, indices, latents_of, read, rng, share, stacked
 from data import ClipFolder, InputError, ShapesDataset, check_clips
 from diffusion import normal
-from magicvideo import PRESETS, MagicVideo, choose_device, is_new_part, read_checkpoint, write_checkpoint
+from magicvideo import PRESETS, MagicVideo, choose_device, read_checkpoint, write_checkpoint
 from optim import MovingAverage, learning_rate, make_optimizers
 from parallel import (average_over_ranks, backward, join, keep_freed_memory, leave, own_device, rank, restarted,
                       world)
 from progress import by_band, curves, forget, log, picture
 from settings import PRESET_SETTINGS, STAGES, Settings, check, read_flags
+from stable_diffusion import is_new_part
 from unet3d import Level
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,9 @@ class UNetConfig:
     heads: int = 8
     groups: int = 32  # of every GroupNorm
     context_width: int = 768  # of the text tokens
-    frames: int = 16  # the adaptors hold one scale and one shift per frame
+    frames: int = 16  # the adaptors hold one scale and one shift per frame; 0 = an image model, without video parts
     mask: str = "strict"  # of the temporal attention: "strict", "literal" or "bidirectional", see directed_attention
+    noise_level: bool = False  # whether it is told how noisy the picture is that it reads beside z (super-resolution)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ class Level(nn.Module):
             nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(2)) for _ in inputs)
         self.attention_adaptors = nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(attentions))
         self.temporal_attentions = nn.ModuleList(
-            DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions))
+            DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions if config.frames else 0))
 
     def run(self, i: int, *inputs) -> Tensor:
         """Layer i, checkpointed where that is asked for."""
@@ -376,8 +377,8 @@ class UNet3D(nn.Module):
     """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (b, f, c, h, w).
 
     Where frames are not equally noisy, t is (b, f). Without fps it is the image model: each frame by itself, any number
-    of them, no new part used (training stage "image"). GroupNorm sees one frame at a time, so with strict masks the
-    whole network is causal in the frames.
+    of them, no new part used (training stage "image"); `level` (b,) is for super-resolution alone. GroupNorm sees one
+    frame at a time, so with strict masks the whole network is causal in the frames.
     """
 
     def __init__(self, config: UNetConfig):
@@ -405,8 +406,10 @@ class UNet3D(nn.Module):
         self.conv_in_adaptor = FrameAdaptor(config.frames, c[0])
         self.conv_out_adaptor = FrameAdaptor(config.frames, config.out_channels)
         self.fps_embedding = FPSEmbedding(c[0])
+        self.level_embedding = TimestepEmbedding(c[0]) if config.noise_level else None
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None,
+                level: Tensor | None = None) -> Tensor:
         """Raises ValueError if f is not the trained number of frames, or h or w cannot be halved often enough."""
         video, factor = fps is not None, 2 ** (len(self.down_blocks) - 1)
         if z.shape[-2] % factor or z.shape[-1] % factor:
@@ -414,6 +417,8 @@ class UNet3D(nn.Module):
         emb = self.time_embedding(t.flatten()).unflatten(0, (len(t), -1))  # (b, 1 or f, 4c)
         if video:
             emb = emb + self.fps_embedding(fps)[:, None]
+        if level is not None:
+            emb = emb + self.level_embedding(level)[:, None]
         z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
         z = self.conv_in_adaptor(z) if video else z
         skips = [z]

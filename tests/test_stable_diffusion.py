@@ -11,7 +11,8 @@ import torch
 
 from conftest import close, randn, shaken
 from data import InputError
-from magicvideo import MagicVideo, is_new_part
+from magicvideo import MagicVideo
+from stable_diffusion import is_new_part
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: nothing to write such a folder with")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: no text encoder to write")
