@@ -155,7 +155,7 @@ def latents_key(model: MagicVideo, clips: Dataset, count: int) -> str:
 def latents_of(model: MagicVideo, items: list[tuple[int, dict]], stage: str) -> list[tuple[int, dict]]:
     """A step's items, clips or latents -> all as latents; in stage image every frame is one by itself."""
     items = [(place, item if "mean" in item else encode(model, item)) for place, item in items]
-    if stage == "video":
+    if stage != "image":
         return items
     return [(place * len(item["mean"]) + k, {**item, "mean": mean[None], "logvar": logvar[None]})
             for place, item in items for k, (mean, logvar) in enumerate(zip(item["mean"], item["logvar"]))]

@@ -102,12 +102,18 @@ class ShapesDataset(_Clips):
     and depends on (seed, split, i, epoch) alone. The source video has 24 frames a second and lasts as long as the
     object's way: enough for 8 a second, and for 4 if it is slow. At 8 a second, 8 frames show an object travel at
     least 0.3 of the frame, or double or halve its area; for more `frames`, what would leave the frame is slowed.
+    With `between` there are so many frames more between two of these: the same clips at a higher rate.
     Raises IndexError past the end, InputError for an impossible setting.
     """
 
-    def __init__(self, split="train", frames=8, size=64, seed=0, fps: float | None = None, length=4800):
+    def __init__(self, split="train", frames=8, size=64, seed=0, fps: float | None = None, length=4800,
+                 between=0):
         super().__init__(frames, size, seed, fps)
         self.captions, self.split, self.length = shape_captions(split), split, length
+        self.rate = 24 * (between + 1)  # frames a second
+
+    def identity(self) -> str:
+        return f"{super().identity()} {self.split} {self.rate}"
 
     def __getitem__(self, i: int) -> dict:
         i = range(self.length)[i]
@@ -120,14 +126,14 @@ class ShapesDataset(_Clips):
         edge, side, small, large = 0.025, rng.uniform(0.20, 0.36), rng.uniform(0.15, 0.20), rng.uniform(0.42, 0.55)
         resizing = motion in ("growing", "shrinking")
         way, slowest = (math.log(large / small), 0.42) if resizing else (1 - 2 * edge - side, 0.36)
-        fastest = way / (max(self.frames - 1, 7) / 8)
+        fastest = way / (max((self.frames - 1) * 24 / self.rate, 7) / 8)
         speed = rng.uniform(min(slowest, fastest), fastest)
-        total = int(way / speed * 24 + 1e-6) + 1
-        indices, fps = sample_frames(total, 24, self.frames, rng, self.fps)
+        total = int(way / speed * self.rate + 1e-6) + 1
+        indices, fps = sample_frames(total, self.rate, self.frames, rng, self.fps)
 
         # Left, up and shrinking are right, down and growing played backwards.
         backwards = motion in ("moving left", "moving up", "shrinking")
-        done = (total - 1 - indices if backwards else indices) * speed / 24                    # (f,)
+        done = (total - 1 - indices if backwards else indices) * speed / self.rate         # (f,)
         room = edge + (large if resizing else side) / 2
         x, y = rng.uniform(room, 1 - room, size=2)
         x = room + done if motion in ("moving left", "moving right") else x + 0 * done         # (f,)

@@ -1,7 +1,8 @@
 """MagicVideo, the whole as one object: prompts -> text encoder -> 3D U-Net under diffusion -> VideoVAE -> clips.
 
 The five files it joins are one idea each: `clip_text.py`, `vae.py`, `unet3d.py`, `diffusion.py`, and `data.py` for the
-captions that the smallest tokenizer is learned from; `cascade.py` has what follows the key frames. Read `train.py` and `sample.py` next: how it is made and used.
+captions that the smallest tokenizer is learned from; `cascade.py` has what follows the key frames, `config.py` all
+sizes. Read `train.py` and `sample.py` next: how it is made and used.
 """
 
 import copy

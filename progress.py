@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cascade import BETWEEN, enlarge, shrink
 from data import strip, write_image
 from magicvideo import MagicVideo
 
@@ -95,11 +96,22 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def picture(path: Path, model: MagicVideo, clips: torch.utils.data.Dataset, stage: str) -> None:
-    """How far a stage is, one clip a row: clips above their reconstructions, or samples in ten steps."""
-    if stage == "vae":
-        videos = torch.stack([clips[i]["video"] for i in range(min(len(clips), 4))]).to(model.device)
-        mean, logvar = model.vae.encode(videos)
-        rows = torch.cat([videos, model.vae.decode(model.vae.sample_latents(mean, logvar, torch.zeros_like(mean)))])
+    """How far a stage is, one clip a row: clips above what the stage makes of them, or samples in ten steps.
+
+    In stage upscale a row is a frame, small and enlarged, then as sampled, then as it is.
+    """
+    if stage in ("vae", "interpolate", "upscale"):
+        some = [clips[i] for i in range(min(len(clips), 4))]
+        videos, captions = torch.stack([clip["video"] for clip in some]).to(model.device), [c["caption"] for c in some]
+    if stage in ("vae", "interpolate"):
+        z = model.config.vae.scaling_factor * model.vae.encode(videos)[0]
+        if stage == "interpolate":
+            z = torch.cat([model.interpolate(pair[None], [caption], clip["fps"] / (BETWEEN + 1))
+                           for pair, caption, clip in zip(z[:, [0, -1]], captions, some)])
+        rows = torch.cat([videos, model.decode(z)])
+    elif stage == "upscale":
+        small = shrink(videos)
+        rows = torch.cat([enlarge(small), model.upscale(small, captions), videos], dim=1)
     else:
         captions = list(dict.fromkeys(clips.captions))  # each once
         rows = model.sample(captions[:: max(1, len(captions) // 6)][:6], fps=8 if stage == "video" else None, steps=10)

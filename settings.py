@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 from data import InputError
 from magicvideo import PRESETS
 
-STAGES = ("vae", "image", "video")
+STAGES = ("vae", "image", "video", "interpolate", "upscale")
+LATER = STAGES[3:]  # what follows the key frames, trained one by one
 
 
 def setting(default, text: str):
@@ -20,15 +21,18 @@ class Settings:
 
     data: str = setting("shapes", 'folder of clips, or "shapes" for the embedded data set')
     preset: str = setting("tiny", "sizes of the model: tiny, small or paper")
-    stage: str = setting("", "vae, image or video; without it all three, one after the other")
-    init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; --stage image and video need one")
+    stage: str = setting("", "vae, image, video, interpolate or upscale; without it the first three")
+    init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; all stages but vae need one alone")
     train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
     freeze: str = setting("", "weights whose names hold one of these words stay as they are; commas between")
+    decoder_only: bool = setting(False, "stage vae: the encoder stays as it is, so that latents mean what they did")
     frames: int = setting(0, "frames of a clip; 0 = as many as the preset has")
     vae_steps: int = setting(800, "steps of stage vae, 0 leaves it out")
     image_steps: int = setting(300, "the same of stage image")
     video_steps: int = setting(3400, "the same of stage video")
-    batch_size: int = setting(16, "clips a step, of each process; stage image takes as many frames as these have")
+    interpolate_steps: int = setting(2000, "the same of stage interpolate")
+    upscale_steps: int = setting(2000, "the same of stage upscale")
+    batch_size: int = setting(16, "clips a step, of each process; stage image takes as many frames as they have, upscale one")
     vae_batch_size: int = setting(12, "frames a step of stage vae, of each process")
     parts: int = setting(2, "parts of a U-Net batch: on a CPU side by side, on a GPU in turn (less memory)")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
@@ -53,7 +57,7 @@ class Settings:
 
     def steps(self, stage: str) -> int:
         """Of a stage."""
-        return {"vae": self.vae_steps, "image": self.image_steps, "video": self.video_steps}[stage]
+        return getattr(self, f"{stage}_steps")
 
 
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
@@ -61,11 +65,13 @@ PRESET_SETTINGS = {
     "tiny": {},
     "small": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
               "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4,
-              "ema": 0.9995, "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
+              "ema": 0.9995, "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000,
+              "interpolate_steps": 50_000, "upscale_steps": 50_000},
     "paper": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
               "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5,
               "ema": 0.9999, "warmup": 1000, "precision": "bf16", "gradient_checkpointing": True,
-              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
+              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000,
+              "interpolate_steps": 100_000, "upscale_steps": 100_000},
 }
 
 
@@ -97,8 +103,11 @@ def check(s: Settings) -> None:
         raise InputError(f'--train "{s.train}": use all or new')
     if s.train == "new" and s.stage != "video":
         raise InputError("--train new: the image stage has no new parts; add --stage video")
-    if s.stage in ("image", "video") and not s.init_from:
-        raise InputError(f"--stage {s.stage} needs a trained VAE to start from: add --init-from MODEL.pt")
+    if s.stage not in ("", "vae") and not s.init_from:
+        what = "a trained VAE" if s.stage in ("image", "video") else "the model of the key frames"
+        raise InputError(f"--stage {s.stage} needs {what} to start from: add --init-from MODEL.pt")
+    if s.decoder_only and (s.stage != "vae" or not s.init_from):
+        raise InputError("--decoder-only: for a model whose encoder is trained; add --stage vae --init-from MODEL.pt")
     at_least_one = ("batch_size", "vae_batch_size", "parts", "save_every")
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")

@@ -4,6 +4,11 @@
     image   the U-Net's image part on single frames, text to image                    (paper §3, image start)
     video   all of the U-Net on clips with their FPS, started from the image stage    (paper §3.2)
 
+and, asked for one by one, what follows the key frames:
+
+    interpolate   a U-Net for the frames between two key frames, started from theirs  (paper §3, interpolation)
+    upscale       a U-Net in pixels for frames four times the size                    (paper §3, super-resolution)
+
 A stage trains its parts, keeps a moving average of their weights, and hands that average to the next stage. Everything
 random in a step is drawn from (seed, stage, step, place in the batch), so a resumed run goes on as if it had never
 stopped, and several processes train as one does (`parallel.py`). Where a step's clips come from is in `batches.py`.
@@ -24,104 +29,21 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from batches import Frames, Latents, encode, indices, latents_of, read, rng, share, stacked
+from batches import Frames, Latents, encode, indices, latents_of, read, rng, share
+from cascade import BETWEEN, FACTOR
 from data import ClipFolder, InputError, ShapesDataset, check_clips
-from diffusion import normal
+from losses import unet_loss, vae_frames, vae_loss
 from magicvideo import PRESETS, MagicVideo, choose_device, read_checkpoint, write_checkpoint
 from optim import MovingAverage, learning_rate, make_optimizers
 from parallel import (average_over_ranks, backward, join, keep_freed_memory, leave, own_device, rank, restarted,
                       world)
-from progress import by_band, curves, forget, log, picture
-from settings import PRESET_SETTINGS, STAGES, Settings, check, read_flags
+from progress import curves, forget, log, picture
+from settings import LATER, PRESET_SETTINGS, STAGES, Settings, check, read_flags
 from stable_diffusion import is_new_part
 from unet3d import Level
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses
-
-
-def vae_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings) -> Tensor:
-    """Reconstruction + KL on a batch of clips (paper §3, VideoVAE; squared error: ours, SD's perceptual terms need
-    weights).
-
-    Of each clip a single frame at first, without the temporal layers; see `vae_frames`.
-    """
-    f, videos, noise = vae_frames(model, step, s), [], []
-    for place, clip in items:
-        generator = rng(s.seed, 0, 1, step, place)
-        first = int(torch.randint(len(clip["video"]) - f + 1, (), generator=generator))
-        videos.append(clip["video"][first : first + f])
-        noise.append(generator)
-    video = torch.stack(videos).to(model.unet.conv_in.weight)  # (b, f, 3, h, w)
-    mean, logvar = model.vae.encode(video)
-    z = model.vae.sample_latents(mean, logvar, normal(mean.shape, noise).to(mean))
-    # KL(q(z | frame) || N(0, 1)) per latent number
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    loss = F.mse_loss(model.vae.decode(z, temporal=f > 1), video) + s.kl_weight * kl
-    # frames of one clip are too much alike to say how latents vary
-    return loss + (s.thumbnail * thumbnail_term(mean, video) if s.thumbnail and f == 1 else 0)
-
-
-def vae_frames(model: MagicVideo, step: int, s: Settings) -> int:
-    """How many frames of a clip stage vae sees: one, since frames of one clip teach little more than one of them does.
-
-    The temporal layers see whole clips, in the last fifth of the steps, and in all where the image part stays as it is
-    (ours).
-    """
-    image = any(p.requires_grad for name, p in model.vae.named_parameters() if not is_new_part(name))
-    return 1 if image and step < 0.8 * s.vae_steps else model.config.unet.frames
-
-
-def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
-    """Pulls latents (b, f, 4, h/8, w/8) of video (b, f, 3, h, w) to a form that diffusion learns fast -> scalar.
-
-    Three of them to a small copy of the frame, the others to size one and no correlation with these. Left alone, a VAE
-    this small lays its colors on one line, yellow next to orange (ours; see README, "What we saw").
-    """
-    small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:]).unflatten(0, video.shape[:2])
-    small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as the prior, N(0, 1)
-    covariance = mean.transpose(0, 2).flatten(1).cov()  # (4, 4)
-    free = covariance[3:] - torch.eye(len(covariance)).to(covariance)[3:]
-    return F.mse_loss(mean[:, :, :3], small) + free.square().mean()
-
-
-def heard(caption: str, s: Settings, generator: torch.Generator) -> str:
-    """What a step reads of a caption: nothing, for the unconditional branch of guidance, or it without some words.
-
-    Words that come and go teach what each means by itself (ours).
-    """
-    if torch.rand((), generator=generator) < s.text_dropout:
-        return ""
-    if not s.word_dropout:
-        return caption
-    words = caption.split()
-    kept = torch.rand(len(words), generator=generator) >= s.word_dropout
-    return " ".join(word for word, keep in zip(words, kept) if keep)
-
-
-def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings,
-              stage: str) -> tuple[Tensor, list]:
-    """The diffusion loss on the latents of a batch, or a part of one, of clips (b, f, ...) or frames (b, 1, ...).
-
-    Second comes the same loss by bands of t, for the log.
-    """
-    weight, generators = model.unet.conv_in.weight, [rng(s.seed, STAGES.index(stage), 1, step, p) for p, _ in items]
-    mean, logvar = stacked(items, "mean", weight), stacked(items, "logvar", weight)  # (b, f, 4, h/8, w/8)
-    noise = s.latent_noise * normal(mean.shape, generators).to(mean)
-    z0 = model.vae.sample_latents(mean, logvar, noise)
-    context = model.encode_text([heard(item["caption"], s, generator)
-                                 for generator, (_, item) in zip(generators, items)])
-    fps = torch.tensor([item["fps"] for _, item in items], device=model.device) if stage == "video" else None
-    errors, t = model.diffusion.errors(model.unet, z0, context, fps, generators)  # (b, f) each
-    # divided by how many frames count on average, so that a batch's loss is the mean of its parts'
-    loss = errors[t >= 0].sum() / (errors.numel() * model.diffusion.counted(z0.shape[1], fps))
-    return loss, by_band(errors.detach(), t, model.diffusion.config.steps)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A stage
@@ -134,20 +56,21 @@ def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
     them the text encoder trains with the U-Net. The new parts start at zero and have far to go in few steps, so
     they can learn faster (both ours). Raises InputError for a --freeze that names no weight, or leaves none to train.
     """
-    part = model.vae if stage == "vae" else model.unet
+    part = {"vae": model.vae, "interpolate": model.interpolator, "upscale": model.upscaler}.get(stage, model.unet)
     frozen = [piece for piece in s.freeze.split(",") if piece]
     for piece in frozen:
         if not any(piece in name for name, _ in model.named_parameters()):
             raise InputError(f'--freeze "{piece}": no weight has that in its name; try adaptor, or temporal')
-    free = [(name, p) for name, p in part.named_parameters() if not any(piece in name for piece in frozen)]
+    free = [(name, p) for name, p in part.named_parameters() if not any(piece in name for piece in frozen)
+            and not (s.decoder_only and name.startswith(("encoder.", "quant_conv.")))]
     new, image = ([p for name, p in free if is_new_part(name) == kind] for kind in (True, False))
     if not free:
         raise InputError(f'--freeze "{s.freeze}": leaves nothing to train in stage {stage}; freeze less')
     if stage == "vae":  # Stable Diffusion's latents must stay what its U-Net knows
-        return [{"params": new if model.config.pretrained else image + new, "factor": 1.0}]
-    text = [] if model.config.pretrained else list(model.text_encoder.parameters())
+        return [{"params": new if model.config.pretrained and not s.decoder_only else image + new, "factor": 1.0}]
+    text = [] if model.config.pretrained or stage in LATER else list(model.text_encoder.parameters())
     groups = [] if s.train == "new" else [{"params": image + text, "factor": 1.0}]
-    if stage == "video":
+    if stage in ("video", "interpolate"):
         groups.append({"params": new, "factor": s.new_parts_lr})
     return groups
 
@@ -197,7 +120,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
         p.requires_grad_(True)
     optimizers = make_optimizers(model, groups, s.muon_lr > 0)
     average = MovingAverage(parameters, s.ema)
-    for module in model.unet.modules():
+    for module in model.modules():
         if isinstance(module, Level):
             module.checkpointing = s.gradient_checkpointing
     first = 0
@@ -226,7 +149,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
             if stage == "vae":
                 losses = [(1.0, lambda: (vae_loss(model, items, step, s), []))]
             else:
-                items = latents_of(model, items, stage)
+                items = items if stage == "upscale" else latents_of(model, items, stage)
                 parts = [items[k :: s.parts] for k in range(min(s.parts, len(items)))]
                 losses = [(len(part) / len(items), partial(unet_loss, model, part, step, s, stage)) for part in parts]
             loss, bands = backward(losses, parameters, pool, autocast)
@@ -268,7 +191,7 @@ def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, 
         if stop and world() == 1:  # while the last step was saved
             raise KeyboardInterrupt
     average.swap()
-    if stage == "vae" and not model.config.pretrained:
+    if stage == "vae" and not (model.config.pretrained or s.decoder_only):
         model.config.vae.scaling_factor = measure_scaling(model, clips, s)
 
 
@@ -346,17 +269,23 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = model.config if model else PRESETS[s.preset]
     frames = s.frames or config.unet.frames
+    frames, size, between = {"interpolate": (BETWEEN + 2, config.size, BETWEEN),
+                             "upscale": (1, FACTOR * config.size, 0)}.get(s.stage, (frames, config.size, 0))
     if s.data == "shapes":
-        clips = ShapesDataset("train", frames, config.size, s.seed)
+        clips = ShapesDataset("train", frames, size, s.seed, between=between)
     else:
-        clips = ClipFolder(s.data, frames, config.size, s.seed)
+        clips = ClipFolder(s.data, frames, size, s.seed)
         say(clips.summary())
     model = model or MagicVideo.from_preset(s.preset, frames, [caption for caption in clips.captions if caption])
+    if s.stage in LATER:
+        model.add_later(s.stage)
     model = model.to(device).train()
     if s.compile:
-        model.unet.compile()
+        for unet in (model.unet, model.interpolator, model.upscaler):
+            if unet:
+                unet.compile()
 
-    stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
+    stages = [s.stage] if s.stage else [x for x in STAGES[:3] if x != "image" or not model.config.pretrained]
     stages = [stage for stage in stages if s.steps(stage)]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
@@ -366,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     count = s.cache if s.data == "shapes" else max(s.cache, len(clips))  # of a folder every clip, the more often cut
     try:
         for stage in stages:
-            if stage != "vae" and source is clips and s.cache:
+            if stage not in ("vae", "upscale") and source is clips and s.cache:
                 source = Latents(model, clips, count, out / "latents.pt")
             train_stage(model, clips, source, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
     except RuntimeError as error:  # torch says so wherever the program is at that moment
