@@ -132,7 +132,7 @@ class MagicVideo(nn.Module):
 
         Raises InputError for a model without that stage, and for a single key frame.
         """
-        self.needs("interpolate")
+        self.needs("interpolate", steps)
         if keys.shape[1] < 2:
             raise InputError("--interpolate: one key frame has none beside it; use a model of two frames or more")
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -147,14 +147,12 @@ class MagicVideo(nn.Module):
 
         Raises InputError for a model without that stage, for tiles it cannot halve, and where memory is too small.
         """
-        self.needs("upscale")
+        self.needs("upscale", steps, tile)
         clips = []
         for i, (video, context) in enumerate(zip(videos, self.encode_text(prompts).split(1))):
             try:
                 clips.append(upscale(self.upscaler, self.later_diffusion, video, context, steps, seed + i, same_noise,
                                      tile, progress))
-            except ValueError as error:
-                raise InputError(str(error)) from error
             except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, "can't allocate memory" on a CPU
                 if "memory" not in str(error):
                     raise
@@ -163,11 +161,16 @@ class MagicVideo(nn.Module):
                                  f"fit the memory; add --tile {smaller}") from error
         return torch.stack(clips)
 
-    def needs(self, stage: str) -> None:
-        """Raises InputError, with the command that trains it, if the model has no such later stage."""
+    def needs(self, stage: str, steps: int, tile: int = 0) -> None:
+        """Raises InputError if the model has no such later stage, or for settings of it that are out of range."""
         if stage not in self.config.later:
             raise InputError(f"--{stage}: this model has no such stage; train it: python train.py --stage {stage} "
                              f"--init-from MODEL.pt")
+        if not 1 <= steps <= self.config.diffusion.steps:
+            raise InputError(f"--{stage}-steps {steps}: give a number from 1 to {self.config.diffusion.steps}")
+        factor = 2 ** (len(self.config.upscale.channels) - 1)  # the network halves a tile so often
+        if tile % factor or tile < 0:
+            raise InputError(f"--tile {tile}: give a multiple of {factor}")
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, made_by: str = "") -> None:
         """Writes weights, sizes and tokenizer to one file; the old file stays whole until the new one is.

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs o
 import torch
 from tqdm import tqdm
 
+from cascade import BETWEEN
 from data import InputError, check_clip_path, grid, write_clip
 from diffusion import SAMPLERS
 from magicvideo import MagicVideo, choose_device
@@ -44,6 +46,50 @@ def read_prompts(file: str) -> list[str]:
     return lines
 
 
+def stages(model: MagicVideo, prompts: list[str], seed: int, out: Path, flags: argparse.Namespace) -> Iterator[tuple]:
+    """Key frames, and from these what is asked for: yields (clips (b, f, 3, h, w), frames a second, where to write).
+
+    The last stage's clips, and with --save-stages those of each; one progress bar counts the steps of all.
+    """
+    total = flags.steps + flags.interpolate * flags.interpolate_steps
+    total += flags.upscale * flags.upscale_steps * len(prompts)
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+        def progress(steps: list) -> Iterator:
+            for step in steps:
+                yield step
+                bar.update()
+
+        bar.set_description("key frames")
+        fps = flags.fps
+        latents = model.sample_latents(prompts, fps, flags.steps, flags.guidance, flags.sampler, seed, flags.eta,
+                                       flags.frames, progress)
+        if flags.interpolate:
+            if flags.save_stages:
+                yield model.decode(latents), fps, out.with_stem(f"{out.stem}-keys")
+            bar.set_description("interpolate")
+            latents = model.interpolate(latents, prompts, fps, flags.interpolate_steps, seed, progress)
+            fps *= BETWEEN + 1
+        clips = model.decode(latents)
+        if flags.upscale:
+            if flags.save_stages:
+                yield clips, fps, out.with_stem(f"{out.stem}-{'interpolated' if flags.interpolate else 'keys'}")
+            bar.set_description("upscale")
+            clips = model.upscale(clips, prompts, flags.upscale_steps, seed, flags.same_noise, flags.tile, progress)
+    yield clips, fps, out
+
+
+def memory(device: torch.device) -> str:
+    """The most memory that this process has held, in words; nothing where the system does not say."""
+    if device.type == "cuda":
+        return f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB of the GPU"
+    try:
+        import resource
+    except ImportError:
+        return ""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
+    return f", {most / 1024 if sys.platform == 'darwin' else most:.1f} GB"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line, samples every prompt, writes one clip, a grid where there are several, or one a line."""
     parser = argparse.ArgumentParser(description="Samples clips from prompts; several prompts make one grid.")
@@ -59,12 +105,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text (default: 7.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
+    parser.add_argument("--interpolate", action="store_true", help="three frames more between two: F become 4F - 3")
+    parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
+    parser.add_argument("--interpolate-steps", type=int, default=20, help="sampling steps of it (default: 20)")
+    parser.add_argument("--upscale-steps", type=int, default=8, help="sampling steps of it (default: 8)")
+    parser.add_argument("--same-noise", action="store_true", help="--upscale: one start noise for all frames of a clip")
+    parser.add_argument("--tile", type=int, default=0, metavar="N",
+                        help="--upscale: N x N pixels at a time, for less memory (default: whole frames)")
+    parser.add_argument("--save-stages", action="store_true", help="write each stage's clip too: OUT-keys, "
+                                                                   "OUT-interpolated")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt i takes seed + i (default: 0)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     flags = parser.parse_args(arguments)
 
     if bool(flags.prompts) == bool(flags.file):
         raise InputError('give prompts, or a file of them: python sample.py "a red circle", or --prompts FILE')
+    if (flags.tile or flags.same_noise) and not flags.upscale:
+        raise InputError(f"--{'tile' if flags.tile else 'same-noise'}: says how --upscale works; add --upscale")
+    if flags.save_stages and not (flags.upscale or flags.interpolate):
+        raise InputError("--save-stages: there is but one stage; add --interpolate or --upscale")
     lines = read_prompts(flags.file) if flags.file else []
     check_clip_path(flags.out)  # before the work, not after it
     torch.set_flush_denormal(True)
@@ -72,14 +131,17 @@ def main(arguments: list[str] | None = None) -> None:
     model = MagicVideo.load(checkpoint, own_device(choose_device(flags.device)))
     print(f"model: {checkpoint}")
 
+    for stage in ("interpolate", "upscale"):
+        if getattr(flags, stage):
+            model.needs(stage, getattr(flags, f"{stage}_steps"), flags.tile)  # before the work, not after it
+
     def sample(prompts: list[str], seed: int, out: Path) -> None:
         started = time.time()
-        clips = model.sample(
-            prompts, flags.fps, flags.steps, flags.guidance, flags.sampler, seed, flags.eta, flags.frames,
-            progress=lambda steps: tqdm(steps, desc=flags.sampler, unit="step", dynamic_ncols=True))
-        write_clip(out, grid(clips.cpu()) if len(clips) > 1 else clips[0].cpu(), flags.fps)
-        b, f, _, h, w = clips.shape
-        print(f"wrote {out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in {time.time() - started:.1f} s")
+        for clips, fps, path in stages(model, prompts, seed, out, flags):
+            write_clip(path, grid(clips.cpu()) if len(clips) > 1 else clips[0].cpu(), fps)
+            b, f, _, h, w = clips.shape
+            print(f"wrote {path}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in {time.time() - started:.1f} s"
+                  f"{memory(model.device)}")
 
     if flags.prompts:
         sample(flags.prompts, flags.seed, Path(flags.out))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import evaluate
 from data import InputError, ShapesDataset, shape_captions
-from evaluate import FILLS, TRENDS, WORDS, confusions, count, edges, judge, largest_component, prompts_of, wilson
+from judge import FILLS, TRENDS, WORDS, confusions, count, decibels, edges, judge, largest_component, prompts_of, wilson
 from magicvideo import MagicVideo, read_checkpoint
 from sample import SHIPPED
 
@@ -341,7 +341,7 @@ def test_reconstruction_tells_temporal_layers_that_flicker_from_none(monkeypatch
 
 
 def test_decibels_are_those_of_pixels_between_minus_one_and_one():
-    assert evaluate.decibels(torch.tensor(4.0)) == 0 and evaluate.decibels(torch.tensor(0.04)) == pytest.approx(20)
+    assert decibels(torch.tensor(4.0)) == 0 and evaluate.decibels(torch.tensor(0.04)) == pytest.approx(20)
 
 
 def test_fvd_prints_how_many_clips_and_warns_of_few(monkeypatch, tmp_path, capsys):
