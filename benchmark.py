@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cascade import BETWEEN, FACTOR, interpolation_config
 from clip_text import CLIPTextEncoder
 from data import InputError
 from magicvideo import PRESETS, MagicVideoConfig, choose_device
@@ -61,6 +62,10 @@ def count(config: MagicVideoConfig) -> list[tuple[str, str, int, int]]:
         fps, decode = flops(lambda: unet.fps_embedding(torch.empty(1))), flops(lambda: image_vae.decode(z))
         size = {kind: sum(parameters(module) for module in unet.modules() if isinstance(module, kind))
                 for kind in (FrameAdaptor, DirectedTemporalAttention)}
+        # what follows the key frames: both see the text and a step, interpolation also FPS, super-resolution a level
+        between, upscaler = UNet3D(interpolation_config(config.unet)), UNet3D(config.upscale)
+        large = torch.empty(1, 1, config.upscale.in_channels, FACTOR * config.size, FACTOR * config.size)
+        words, one = torch.empty(1, length, config.unet.context_width), torch.empty(1, dtype=torch.long)
         return [
             ("text encoder", "caption", parameters(text), flops(lambda: text(tokens))),
             ("VAE encoder", "frame", parameters(vae.encoder) + parameters(vae.quant_conv),
@@ -74,6 +79,10 @@ def count(config: MagicVideoConfig) -> list[tuple[str, str, int, int]]:
              decode // f),
             ("  + temporal attention", "frame", parameters(vae, new=True),
              (flops(lambda: vae.decode(z)) - decode) // f),
+            ("interpolation U-Net", "gap", parameters(between),
+             flops(unet_run(between, BETWEEN, side, length, video=True))),
+            ("super-resolution U-Net", "frame", parameters(upscaler),
+             flops(lambda: upscaler(large, one, words, None, one))),
         ]
 
 

@@ -128,7 +128,8 @@ def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, 
     """A clip (f, 3, h, w) in [-1, 1] -> (f, 3, 4h, 4w), every frame by itself (paper: super-resolution; N).
 
     `context` (1, l, d) is the text; there is no guidance. With `same_noise` all frames start from the same noise, so
-    that what is made up does not flicker; with `tile` the network sees squares of so many large pixels at a time.    """
+    that what is made up does not flicker; with `tile` the network sees squares of so many large pixels at a time.
+    """
     f, _, h, w = video.shape
     generators = [torch.Generator().manual_seed(seed if same_noise else seed * 1_000_003 + i) for i in range(f)]
     level = torch.tensor([NOISE_LEVEL])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cascade import BETWEEN, FACTOR, enlarge, shrink
 from data import ShapesDataset, strip, write_image
-from judge import TRENDS, count, decibels, judge, lines, look, prompts_of, table
+from judge import TRENDS, count, decibels, judge, look, prompts_of, table
 from magicvideo import MagicVideo
 
 EVEN = 0.35  # how far a step may be from the mean of all, in parts of it
@@ -117,8 +117,8 @@ def upscaling(model: MagicVideo, flags: argparse.Namespace, out: Path) -> dict:
     rows = [{"name": name, "frames": len(errors), "psnr": decibels(torch.stack([e[name] for e in errors]).mean()),
              "edges": float(torch.tensor([e[name] for e in edges]).mean())} for name in errors[0]]
     for row in rows:
-        print(f"{row['name']:20} {row['frames']} frames: PSNR {row['psnr']:.2f} dB, edges {row['edges']:.0%} as steep as "
-              f"the true ones")
+        print(f"{row['name']:20} {row['frames']} frames: PSNR {row['psnr']:.2f} dB, "
+              f"edges {row['edges']:.0%} as steep as the true ones")
     return {"upscaling": rows}
 
 

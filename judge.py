@@ -1,4 +1,4 @@
-"""What does a clip show? `judge` looks at pixels and says a color, a shape and a motion of the shapes' grammar, or None.
+"""What does a clip show? `judge` looks at pixels and says a color, a shape and a motion of the shapes, or None.
 
 It knows neither caption nor model; its thresholds are geometry, fitted to no model's clips (ours). `evaluate.py` counts
 how often it says what was asked for. Read `data.py` for the data set.
@@ -8,6 +8,7 @@ import colorsys
 import math
 from collections import Counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor

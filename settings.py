@@ -32,7 +32,7 @@ class Settings:
     video_steps: int = setting(3400, "the same of stage video")
     interpolate_steps: int = setting(2000, "the same of stage interpolate")
     upscale_steps: int = setting(2000, "the same of stage upscale")
-    batch_size: int = setting(16, "clips a step, of each process; stage image takes as many frames, upscale one of each")
+    batch_size: int = setting(16, "clips a step, of each process; stage image takes as many frames")
     vae_batch_size: int = setting(12, "frames a step of stage vae, of each process")
     parts: int = setting(2, "parts of a U-Net batch: on a CPU side by side, on a GPU in turn (less memory)")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")

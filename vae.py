@@ -8,7 +8,6 @@ exist in generation, where there is no encoder: ours are the residuals around ea
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor

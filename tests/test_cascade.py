@@ -1,17 +1,19 @@
-"""What follows the key frames: interpolation and super-resolution, as functions, as stages of training, in sample.py."""
+"""What follows the key frames: interpolation and super-resolution, as functions, as stages, in sample.py."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import cascade
+import figure
 import sample
 import train
 from config import PRESETS
-from data import InputError, ShapesDataset, read_clip
+from data import InputError, ShapesDataset, read_clip, write_clip
 from diffusion import Diffusion, DiffusionConfig
 from magicvideo import MagicVideo
 from unet3d import FrameAdaptor, UNet3D, UNetConfig
@@ -268,8 +270,8 @@ def test_the_same_clip_at_a_higher_rate_is_the_same_clip():
 
 
 def test_decoder_only_leaves_the_encoder_and_the_scale_of_the_latents(key_model):
-    train.main(["--stage", "vae", "--decoder-only", "--init-from", key_model, "--vae-steps", "2", "--vae-batch-size", "8",
-                "--out", "d", "--sample-every", "0"])
+    train.main(["--stage", "vae", "--decoder-only", "--init-from", key_model, "--vae-steps", "2", "--vae-batch-size",
+                "8", "--out", "d", "--sample-every", "0"])
     before, after = contents(key_model), contents("d/model.pt")
     for name in before:
         moves = name.startswith(("vae.decoder", "vae.post_quant_conv"))
@@ -371,3 +373,13 @@ def test_both_networks_of_the_paper_preset_run_at_its_sizes():
         of_frame = upscaler(torch.empty(1, 1, 6, 1024, 1024), torch.empty(1), torch.empty(1, 77, 768), None,
                             torch.empty(1))
     assert of_gap.shape == (1, 3, 4, 32, 32) and of_frame.shape == (1, 1, 3, 1024, 1024)
+
+
+def test_the_pipeline_is_drawn_from_what_sample_wrote():
+    for name, frames, side in (("c-keys", 8, 16), ("c-interpolated", 29, 16), ("c", 29, 64)):
+        write_clip(f"{name}.webp", torch.linspace(-1, 1, frames).view(-1, 1, 1, 1).expand(-1, 3, side, side), 8)
+    sheet = np.asarray(figure.pipeline(Path("c.webp")).convert("L"))
+    assert sheet.shape == (3 * 44 + 2 * 16 + 64, 29 * 18)
+    keys, between = sheet[44 + 8, 8::18], sheet[2 * 44 + 16 + 8, 8::18]
+    assert keys[0] == 0 and keys[28] == 255 and keys[1] == 255 and keys[4] == 36  # at their places, white between
+    assert between[0] == 0 and between[28] == 255 and (np.diff(between.astype(int)) > 0).all()

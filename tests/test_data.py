@@ -1,7 +1,6 @@
 """data.py: the shapes data set keeps its promises in pixels, clips survive every format, bad folders are named."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np

@@ -17,7 +17,6 @@ import torch
 
 import parallel
 from conftest import close, randn, shaken
-from magicvideo import MagicVideo
 from unet3d import UNet3D, UNetConfig
 
 ROOT = Path(__file__).parent.parent
