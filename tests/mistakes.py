@@ -150,7 +150,7 @@ MISTAKES = {
                              "mean * self.config.scaling_factor + (0.5 * logvar).exp() * eps"),
         "divided by the factor": (") * self.config.scaling_factor", ") / self.config.scaling_factor"),
         "no factor": (" * self.config.scaling_factor", ""),
-        "own noise": ("* eps)", "* torch.randn_like(eps))"),
+        "own noise": ("* eps)", "* eps.clone().normal_())"),
         "no gradient": ("(mean + (0.5 * logvar).exp() * eps)", "(mean + (0.5 * logvar).exp() * eps).detach()"),
         "exp(2 logvar)": ("(0.5 * logvar)", "(2 * logvar)"),
     },
