@@ -11,7 +11,7 @@ from cascade import BETWEEN, FACTOR, NOISE_LEVELS, around, beside, enlarge, nois
 from diffusion import normal
 from magicvideo import MagicVideo
 from progress import by_band
-from settings import STAGES, Settings
+from settings import EVERY, Settings
 
 
 def vae_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings) -> Tensor:
@@ -79,7 +79,7 @@ def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Se
 
     Or, in stage upscale, on pixels of frames. Second comes the same loss by bands of t, for the log.
     """
-    generators = [rng(s.seed, STAGES.index(stage), 1, step, place) for place, _ in items]
+    generators = [rng(s.seed, EVERY.index(stage), 1, step, place) for place, _ in items]
     diffusion, network, fps = model.diffusion, model.unet, None
     if stage == "upscale":
         diffusion = model.later_diffusion

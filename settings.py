@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from data import InputError
 from magicvideo import PRESETS
 
-STAGES = ("vae", "image", "video", "interpolate", "upscale")
-LATER = STAGES[3:]  # what follows the key frames, trained one by one
+STAGES = ("vae", "image", "video")
+LATER = ("interpolate", "upscale")  # what follows the key frames, trained one by one
+EVERY = STAGES + LATER
 
 
 def setting(default, text: str):
@@ -57,7 +58,8 @@ class Settings:
 
     def steps(self, stage: str) -> int:
         """Of a stage."""
-        return getattr(self, f"{stage}_steps")
+        return {"vae": self.vae_steps, "image": self.image_steps, "video": self.video_steps,
+                "interpolate": self.interpolate_steps, "upscale": self.upscale_steps}[stage]
 
 
 # where larger models train with other settings (untried beyond a few steps: no GPU has run them yet)
@@ -95,8 +97,8 @@ def check(s: Settings) -> None:
     """Raises InputError for a setting out of range, before anything is made."""
     if s.preset not in PRESETS:
         raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
-    if s.stage not in ("", *STAGES):
-        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(STAGES)}, or none for all')
+    if s.stage not in ("", *EVERY):
+        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(EVERY)}, or none for all')
     if s.precision not in ("fp32", "bf16"):
         raise InputError(f'--precision "{s.precision}": use fp32 or bf16')
     if s.train not in ("all", "new"):

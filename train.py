@@ -41,7 +41,7 @@ from optim import MovingAverage, learning_rate, make_optimizers
 from parallel import (average_over_ranks, backward, join, keep_freed_memory, leave, own_device, rank, restarted,
                       world)
 from progress import curves, forget, log, picture
-from settings import LATER, PRESET_SETTINGS, STAGES, Settings, check, read_flags
+from settings import EVERY, LATER, PRESET_SETTINGS, STAGES, Settings, check, read_flags
 from stable_diffusion import is_new_part
 from unet3d import Level
 
@@ -101,7 +101,7 @@ def step_batches(model: MagicVideo, source: Dataset, stage: str, s: Settings, fi
         size = s.batch_size * (source.frames if isinstance(source, Frames) else 1)
         if stage == "vae":
             size = max(1, s.vae_batch_size // vae_frames(model, step, s))
-        yield share(indices(len(source), size * world(), step, s.seed, STAGES.index(stage)))
+        yield share(indices(len(source), size * world(), step, s.seed, EVERY.index(stage)))
 
 
 def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
             if unet:
                 unet.compile()
 
-    stages = [s.stage] if s.stage else [x for x in STAGES[:3] if x != "image" or not model.config.pretrained]
+    stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
     stages = [stage for stage in stages if s.steps(stage)]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]

@@ -107,8 +107,8 @@ def test_there_are_six_mistakes_for_each_exercise_and_all_fit(tmp_path):
             compile(found, file, "exec")
 
 
-# all are planted by `python tests/mistakes.py`, here one in four exercises
-@pytest.mark.parametrize("number", [1, 5, 9, 13])
+# all are planted by `python tests/mistakes.py`, here two
+@pytest.mark.parametrize("number", [5, 13])
 def test_a_mistake_is_caught_and_named(tmp_path, number):
     said = caught(copied(tmp_path), number, list(MISTAKES[number])[1])
     assert said and len(said) > 40
