@@ -30,8 +30,8 @@ class Exercise:
 
 EXERCISES = [
     Exercise("clip_text.py", "Tokenizer._merge", "§3, CLIP text encoder", "byte-pair encoding",
-             "Begin with single characters, the last one with `</w>` behind it. Again and again, of all neighbours that "
-             "are in `self._rank`, join those with the lowest rank, the leftmost first. A loop that looks through the "
+             "Begin with single characters, the last one with `</w>` behind it. Again and again, of all neighbours "
+             "that are in `self._rank`, join those with the lowest rank, the leftmost first. A loop that looks through the "
              "whole word each time is enough. START and END are symbols of their own."),
     Exercise("clip_text.py", "Tokenizer.__call__", "§3, CLIP text encoder", "ids of a caption",
              "Cut the caption's ids, not the end token, and fill up with the end token, as Stable Diffusion does."),
@@ -48,8 +48,8 @@ EXERCISES = [
     Exercise("unet3d.py", "sinusoid", "§3.2, FPS: Sin(v)", "a number as waves",
              "width/2 frequencies, 10000^(-k / (width/2)) for k = 0, 1, ...; cosines first."),
     Exercise("diffusion.py", "Diffusion.ddim_step", "§3, sampling", "a step of DDIM",
-             "`self.alpha_bar(t, z)` and `self.split(z, output, t)` give what eq. 12 of Song et al. 2021 needs. Compute "
-             "in float64 and bring the three factors to z's type."),
+             "`self.alpha_bar(t, z)` and `self.split(z, output, t)` give what eq. 12 of Song et al. 2021 needs. "
+             "Compute in float64 and bring the three factors to z's type."),
     Exercise("diffusion.py", "Diffusion.ddpm_step", "§3, sampling", "a step of DDPM",
              "The posterior of Ho et al. 2020, eq. 7, for a stride from t to `previous`: beta is 1 minus the ratio of "
              "their alpha_bar, and `done=1.0` is alpha_bar once a frame is clean."),
@@ -75,21 +75,17 @@ def find(source: str, name: str) -> ast.FunctionDef:
 
 
 def body_lines(source: str, name: str) -> tuple[int, int]:
-    """First and last line of a function's body behind its docstring, counted from 1."""
-    function = find(source, name)
-    statements = function.body[1:] if ast.get_docstring(function) else function.body
+    """First and last line of a function's body behind its docstring, which every exercise has, counted from 1."""
+    _, *statements = find(source, name).body
     return statements[0].lineno, statements[-1].end_lineno
 
 
 def blank(source: str, exercise: Exercise, number: int) -> str:
-    """A file's text with one body replaced by the line that says which exercise it is."""
-    lines, (first, last) = source.splitlines(keepends=True), body_lines(source, exercise.name)
-    # comments between docstring and body go with the body
-    after = find(source, exercise.name)
-    start = after.body[0].end_lineno + 1 if ast.get_docstring(after) else first
-    indent = " " * after.body[0].col_offset
+    """A file's text with one body, and the comments before it, replaced by a line that says which exercise it is."""
+    lines, docstring = source.splitlines(keepends=True), find(source, exercise.name).body[0]
     says = f'raise NotImplementedError("exercise {number}, paper {exercise.paper}: {exercise.title}")'
-    return "".join([*lines[: start - 1], f"{indent}{says}\n", *lines[last:]])
+    _, last = body_lines(source, exercise.name)
+    return "".join([*lines[: docstring.end_lineno], " " * docstring.col_offset, says, "\n", *lines[last:]])
 
 
 def sheet(numbers: list[int]) -> str:

@@ -161,9 +161,7 @@ def tiled(run: Callable, x: Tensor, tile: int) -> Tensor:
             part = run(x[place])
             fade = [1 - (2 * torch.arange(n) + 1 - n).abs() / (n + 1) for n in part.shape[-2:]]  # 0 .. 1 .. 0
             fade = torch.outer(*fade).to(x)
-            if not torch.is_tensor(total):
-                total = torch.zeros(*part.shape[:-2], h, w).to(x)
-            total[place] += fade * part
+            total = total + F.pad(fade * part, (left, w - left - part.shape[-1], top, h - top - part.shape[-2]))
             weights[place] += fade
     return total / weights
 

@@ -133,7 +133,7 @@ class ShapesDataset(_Clips):
 
         # Left, up and shrinking are right, down and growing played backwards.
         backwards = motion in ("moving left", "moving up", "shrinking")
-        done = (total - 1 - indices if backwards else indices) * speed / self.rate         # (f,)
+        done = (total - 1 - indices if backwards else indices) * speed / self.rate             # (f,)
         room = edge + (large if resizing else side) / 2
         x, y = rng.uniform(room, 1 - room, size=2)
         x = room + done if motion in ("moving left", "moving right") else x + 0 * done         # (f,)

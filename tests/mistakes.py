@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from assignment import EXERCISES, body_lines  # noqa: E402
 
-# exercise: {name: (how it is, how it is wrong)}; the first is found once in the function's body
+# exercise: {name: (how it is, how it is wrong)}; the first is found once in the function's body.
+# Lines are as wide as their patches
 MISTAKES = {
     1: {
         "no </w> at the end of a word": ('[*word[:-1], word[-1] + "</w>"]', "[*word]"),

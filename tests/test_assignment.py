@@ -1,4 +1,4 @@
-"""The student's copy: bodies are blank, all else is there, graders of a blank fail and no others; mistakes are caught."""
+"""The student's copy: bodies are blank, all else is there; a blank fails its own graders; mistakes are caught."""
 
 import ast
 import re
@@ -87,7 +87,8 @@ def test_a_blank_fails_its_graders_and_no_others(tmp_path, number):
     (tmp_path / exercise.file).write_text(assignment.blank(source, exercise, number), "utf-8")
     said = subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-rA", "-p", "no:cacheprovider",
                            "tests/test_exercises.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300).stdout
-    failed, passed = (re.findall(rf"^{word} \S+test_exercise_(\d+)", said, re.MULTILINE) for word in ("FAILED", "PASSED"))
+    failed, passed = (re.findall(rf"^{word} \S+test_exercise_(\d+)", said, re.MULTILINE)
+                      for word in ("FAILED", "PASSED"))
     assert set(failed) == {f"{number:02d}"} and f"{number:02d}" not in passed, said[-2000:]
     assert len(set(passed)) == len(EXERCISES) - 1
 
