@@ -31,8 +31,8 @@ class Exercise:
 EXERCISES = [
     Exercise("clip_text.py", "Tokenizer._merge", "§3, CLIP text encoder", "byte-pair encoding",
              "Begin with single characters, the last one with `</w>` behind it. Again and again, of all neighbours "
-             "that are in `self._rank`, join those with the lowest rank, the leftmost first. A loop that looks through the "
-             "whole word each time is enough. START and END are symbols of their own."),
+             "that are in `self._rank`, join those with the lowest rank, the leftmost first. A loop that looks through "
+             "the whole word each time is enough. START and END are symbols of their own."),
     Exercise("clip_text.py", "Tokenizer.__call__", "§3, CLIP text encoder", "ids of a caption",
              "Cut the caption's ids, not the end token, and fill up with the end token, as Stable Diffusion does."),
     Exercise("diffusion.py", "Diffusion.add_noise", "§3.2, loss", "noise of step t",
@@ -91,7 +91,8 @@ def blank(source: str, exercise: Exercise, number: int) -> str:
 def sheet(numbers: list[int]) -> str:
     """EXERCISES.md: a section for each exercise."""
     text = ["# Exercises\n", "Each is the body of one function; its docstring and the paper say what it does. "
-            "`python -m pytest -k exercise` grades all of them, and what a grader says names the property that broke.\n"]
+            "`python -m pytest -k exercise` grades all of them, and what a grader says names the property that "
+            "broke.\n"]
     for n in numbers:
         e = EXERCISES[n - 1]
         source = (ROOT / e.file).read_text("utf-8")

@@ -1,8 +1,8 @@
 """Feeds damaged files to everything that reads files: `python tests/fuzz_readers.py --inputs 20000`.
 
 Each input is a good file with bytes changed, cut out, doubled, moved or set to extremes. A reader must return, or raise
-an InputError of one line, within 10 seconds and 2 GB. It works in a process of its own, so that a crash or a hang is seen,
-with a file that another one watches; what fails is kept in --out.
+an InputError of one line, within 10 seconds and 2 GB. It works in a process of its own, so that a crash or a hang is
+seen, with a file that another one watches; what fails is kept in --out.
 """
 
 import argparse

@@ -15,17 +15,18 @@ sys.path.insert(0, str(ROOT))
 
 from assignment import EXERCISES, body_lines  # noqa: E402
 
-# exercise: {name: (how it is, how it is wrong)}; the first is found once in the function's body.
-# Lines are as wide as their patches
+# exercise: {name: (how it is, how it is wrong)}; the first is found once in the function's body
 MISTAKES = {
     1: {
         "no </w> at the end of a word": ('[*word[:-1], word[-1] + "</w>"]', "[*word]"),
-        "</w> as a symbol of its own": ('[*word[:-1], word[-1] + "</w>"]\n', '[*word, "</w>"]\n        word = symbols\n'),
+        "</w> as a symbol of its own": (
+            '[*word[:-1], word[-1] + "</w>"]\n', '[*word, "</w>"]\n        word = symbols\n'),
         "only one merge": ("while heap:", "for _ in range(bool(heap)):"),
         "last learned first": ("learned, i = heapq.heappop(heap)",
                                "learned, i = max(heap)\n            heap.remove((learned, i))"),
         "rightmost first": ("learned, i = heapq.heappop(heap)",
-                            "learned, i = min(heap, key=lambda e: (e[0], -e[1]))\n            heap.remove((learned, i))"),
+                            "learned, i = min(heap, key=lambda e: (e[0], -e[1]))\n"
+                            "            heap.remove((learned, i))"),
         "what was merged is not merged again": ("for j in (before[i], i):", "for j in ():"),
         "special tokens taken apart": ("if word in (START, END):", "if False:"),
         "left to right instead of by rank": ("learned, i = heapq.heappop(heap)",
@@ -48,7 +49,8 @@ MISTAKES = {
         "without the root": ("signal * z0 + noise * eps", "signal**2 * z0 + noise**2 * eps"),
         "noise alone has its factor": ("signal * z0 + noise * eps", "z0 + noise * eps"),
         "noise subtracted": ("signal * z0 + noise * eps", "signal * z0 - noise * eps"),
-        "1 - sqrt(alpha_bar) for sqrt(1 - alpha_bar)": ("signal * z0 + noise * eps", "signal * z0 + (1 - signal) * eps"),
+        "1 - sqrt(alpha_bar) for sqrt(1 - alpha_bar)": (
+            "signal * z0 + noise * eps", "signal * z0 + (1 - signal) * eps"),
         "one step too far": ("self.coefficients(t, z0)", "self.coefficients(t + 1, z0)"),
         "the first clip's step for all": ("self.coefficients(t, z0)", "self.coefficients(t[:1].expand_as(t), z0)"),
     },
@@ -65,7 +67,8 @@ MISTAKES = {
                                             "if z.ndim == 5 else (..., None)"),
     },
     5: {
-        "mask transposed": ("is_causal=mask == \"strict\")", "attn_mask=torch.ones(q.shape[2], k.shape[2]).triu().bool() "
+        "mask transposed": (
+            "is_causal=mask == \"strict\")", "attn_mask=torch.ones(q.shape[2], k.shape[2]).triu().bool() "
                             "if mask == 'strict' else None)"),
         "mask after the softmax": ('if mask != "literal":', 'if mask == "bidirectional":'),
         "mask before the softmax in literal": ("scores.softmax(-1) * torch.ones_like(scores).tril()",
@@ -75,8 +78,10 @@ MISTAKES = {
         "the diagonal masked": ("torch.ones_like(scores).tril()", "torch.ones_like(scores).tril(-1)"),
         "scores masked by zero": ('if mask != "literal":\n        return F.scaled_dot_product_attention(q, k, v, '
                                   'is_causal=mask == "strict")',
-                                  'if mask == "bidirectional":\n        return F.scaled_dot_product_attention(q, k, v)\n'
-                                  '    if mask == "strict":\n        s = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])'
+                                  'if mask == "bidirectional":\n        return F.scaled_dot_product_attention(q, k, '
+                                  'v)\n'
+                                  '    if mask == "strict":\n        s = (q @ k.transpose(-1, -2)) / '
+                                  'math.sqrt(q.shape[-1])'
                                   '\n        return (s * torch.ones_like(s).tril()).softmax(-1) @ v'),
         "literal not divided by the root of d": (" / math.sqrt(q.shape[-1])", ""),
         "softmax over the queries": ("scores.softmax(-1)", "scores.softmax(-2)"),
@@ -92,7 +97,8 @@ MISTAKES = {
         "h and w swapped on the way back": ("out.reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2)",
                                             "out.reshape(b, h, w, f, c).permute(0, 3, 4, 2, 1)"),
         "no mask": ("directed_attention(q, k, v, self.mask)", 'directed_attention(q, k, v, "bidirectional")'),
-        "queries and keys swapped": ("directed_attention(q, k, v, self.mask)", "directed_attention(k, q, v, self.mask)"),
+        "queries and keys swapped": (
+            "directed_attention(q, k, v, self.mask)", "directed_attention(k, q, v, self.mask)"),
         "no output projection": ("self.to_out(merge_heads(directed_attention(q, k, v, self.mask)))",
                                  "merge_heads(directed_attention(q, k, v, self.mask))"),
         "one head": ("split_heads(to(tokens), self.heads)", "split_heads(to(tokens), 1)"),
@@ -128,14 +134,16 @@ MISTAKES = {
         "variance of the forward step": ("((1 - alpha_previous) / (1 - alpha) * beta).sqrt()", "beta.sqrt()"),
         "output taken for z_0": ("z0_hat, _ = self.split(z, output, t)", "z0_hat = output"),
         "no noise": ("sigma.to(z) * eps", "0 * eps"),
-        "factors of z_0 and z_t swapped": ("of_z0.to(z) * z0_hat + of_z.to(z) * z", "of_z.to(z) * z0_hat + of_z0.to(z) * z"),
+        "factors of z_0 and z_t swapped": (
+            "of_z0.to(z) * z0_hat + of_z.to(z) * z", "of_z.to(z) * z0_hat + of_z0.to(z) * z"),
     },
     10: {
         "guidance sign": ("without + guidance * (given - without)", "without - guidance * (given - without)"),
         "from the output with text": ("without + guidance * (given - without)", "given + guidance * (given - without)"),
         "halves swapped": ("without, given = both.chunk(2)", "given, without = both.chunk(2)"),
         "text first in the batch": ("torch.cat([uncond, context])", "torch.cat([context, uncond])"),
-        "two calls": ("without, given = both.chunk(2)", "without, given = model(z, t, uncond, fps), model(z, t, context, "
+        "two calls": (
+            "without, given = both.chunk(2)", "without, given = model(z, t, uncond, fps), model(z, t, context, "
                       "fps)"),
         "guidance 1 works twice": ("if guidance == 1:", "if False:"),
         "steps not clamped": (".clamp(0, self.config.steps - 1)", ""),
@@ -178,12 +186,15 @@ MISTAKES = {
         "the larger of both": ("min(self.decay,", "max(self.decay,"),
         "decay for 1 - decay": (", 1 - decay)", ", decay)"),
         "steps not counted": ("self.count += 1", "self.count += 0"),
-        "weights moved to averages": ("torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)",
-                                      "torch._foreach_lerp_([p.data for p in self.parameters], self.values, 1 - decay)"),
+        "weights moved to averages": (
+            "torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)",
+                                      "torch._foreach_lerp_([p.data for p in self.parameters], self.values, "
+                                      "1 - decay)"),
         "new tensors each step": ("torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)",
                                   "self.values = [v.lerp(p.detach(), 1 - decay) for v, p in zip(self.values, "
                                   "self.parameters)]"),
-        "averages are the weights": ("torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)",
+        "averages are the weights": (
+            "torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)",
                                      "[v.copy_(p) for v, p in zip(self.values, self.parameters)]"),
     },
 }  # fmt: skip
@@ -198,7 +209,8 @@ def plant(folder: Path, number: int, how: str, wrong: str) -> None:
     body = "".join(lines[first - 1 : last])
     if body.count(how) != 1:
         raise ValueError(f"exercise {number}: {how!r} is {body.count(how)} times in {exercise.name}")
-    (folder / exercise.file).write_text("".join([*lines[: first - 1], body.replace(how, wrong), *lines[last:]]), "utf-8")
+    planted = "".join([*lines[: first - 1], body.replace(how, wrong), *lines[last:]])
+    (folder / exercise.file).write_text(planted, "utf-8")
 
 
 def copied(folder: Path) -> Path:

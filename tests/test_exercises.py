@@ -34,8 +34,8 @@ def same(found, expected, says: str, within: float = WITHIN) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 1 and 2: the tokenizer
 
-MERGES = [("b", "c"), ("a", "b"), ("a", "a"), ("ab", "c</w>"), ("h", "o"), ("r", "s"), ("rs", "e</w>"), ("ho", "rse</w>"),
-          ("b", "c</w>")]
+MERGES = [("b", "c"), ("a", "b"), ("a", "a"), ("ab", "c</w>"), ("h", "o"), ("r", "s"), ("rs", "e</w>"),
+          ("ho", "rse</w>"), ("b", "c</w>")]
 
 
 def merged(word: str) -> list[str]:
@@ -218,7 +218,7 @@ def test_exercise_05_strict_is_independent_of_later_keys_and_literal_is_not():
 
 def test_exercise_05_the_first_frame_reads_itself_alone():
     q, k, v = attention_inputs()
-    same(directed_attention(q, k, v, "strict")[:, :, 0], v[:, :, 0], "the diagonal of the mask is kept: frame 1 reads 1")
+    same(directed_attention(q, k, v, "strict")[:, :, 0], v[:, :, 0], "the diagonal is kept: frame 1 reads itself")
 
 
 def temporal(monkeypatch) -> DirectedTemporalAttention:
@@ -293,7 +293,7 @@ def test_exercise_08_the_true_noise_leads_to_the_true_less_noisy_latents():
     for t, previous in ((999, 500), (500, 100), (100, 0)):
         (a, b), (c, d) = ((math.sqrt(x), math.sqrt(1 - x)) for x in diffusion.alphas_cumprod[[t, previous]].tolist())
         found = diffusion.ddim_step(a * z0 + b * eps, eps, of(t), of(previous), 0.0, other)
-        same(found, c * z0 + d * eps, f"with eta 0 and the true eps, z_{t} -> z_{previous} exactly (DDIM, eq. 12)", 1e-6)
+        same(found, c * z0 + d * eps, f"eta 0 and the true eps: z_{t} -> z_{previous} exactly (DDIM, eq. 12)", 1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -380,7 +380,7 @@ def test_exercise_10_one_call_and_both_halves_of_it():
 def test_exercise_10_steps_outside_the_schedule_are_its_ends():
     (z, context, uncond, fps), calls = guidance_inputs(), []
     Diffusion().guided(network(calls), z, torch.tensor([[-50, 10, 2000]] * 2), context, uncond, fps, 7.5)
-    assert calls[0][1][0].tolist() == [0, 10, 999], f"t is clamped to 0 .. T-1 for the network: {calls[0][1][0].tolist()}"
+    assert calls[0][1][0].tolist() == [0, 10, 999], f"t is clamped to 0 .. T-1: {calls[0][1][0].tolist()}"
 
 
 def test_exercise_10_falls_with_the_power_of_the_step():
@@ -463,8 +463,8 @@ def test_exercise_12_every_part_and_every_stride_comes_up():
     for stride in (1, 6):
         starts = {int(i[0]) for i, _ in found if i[1] - i[0] == stride}
         expected = set(range(44 - 7 * stride))
-        assert starts == expected, f"stride {stride}: parts start at 0 to {max(expected)}, the last frame included; seen " \
-                                   f"are {min(starts)} to {max(starts)}"
+        assert starts == expected, f"stride {stride}: parts start at 0 to {max(expected)}, the last frame included; " \
+                                   f"seen are {min(starts)} to {max(starts)}"
     assert {int(i[1] - i[0]) for i, _ in cuts(15, 8)} == {1, 2}, "15 frames hold 8 at strides 1 and 2 alone"
 
 
@@ -502,8 +502,8 @@ def test_exercise_13_warms_up():
         decay = min(0.999, (1 + n) / (10 + n))
         average = decay * average + (1 - decay)
         expected.append(average)
-    same(torch.tensor(found), torch.tensor(expected), "decay is (1 + n) / (10 + n) until that exceeds it: without it the "
-                                                      "average of a short run is the noise it began with", 1e-6)
+    same(torch.tensor(found), torch.tensor(expected), "decay is (1 + n) / (10 + n) until that exceeds it: without "
+                                                      "it the average of a short run is the noise it began with", 1e-6)
 
 
 def test_exercise_13_reaches_its_decay_and_keeps_it():
@@ -520,7 +520,7 @@ def test_exercise_13_moves_averages_in_place_and_weights_not_at_all():
     kept, before = list(average.values), [p.detach().clone(), q.detach().clone()]
     p.data += 1
     average.update()
-    assert all(a is b for a, b in zip(kept, average.values)), "averages are moved in place: others hold the same tensors"
+    assert all(a is b for a, b in zip(kept, average.values)), "averages are moved in place: others hold these tensors"
     assert not any(value.requires_grad for value in average.values), "averages must not keep the graph of the step"
     same(p.detach(), before[0] + 1, "weights stay what they are", 0)
     same(average.values[1], before[1], "an average whose weight stands still stands still")
