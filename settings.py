@@ -23,7 +23,7 @@ class Settings:
     data: str = setting("shapes", 'folder of clips, or "shapes" for the embedded data set')
     preset: str = setting("tiny", "sizes of the model: tiny, small or paper")
     stage: str = setting("", "vae, image, video, interpolate or upscale; without it the first three")
-    init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; a --stage other than vae needs one")
+    init_from: str = setting("", "model.pt or Stable Diffusion folder to start from; each --stage but vae needs one")
     train: str = setting("all", '"all" weights (paper), or "new": adaptors, temporal attention and FPS alone')
     freeze: str = setting("", "weights whose names hold one of these words stay as they are; commas between")
     decoder_only: bool = setting(False, "stage vae: the encoder stays as it is, so that latents mean what they did")
