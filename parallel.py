@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
 from progress import mean_bands
@@ -39,7 +40,10 @@ def own_device(device: torch.device) -> torch.device:
 def join(device: torch.device) -> None:
     """Under torchrun, waits for the other processes; from here on they are ranks."""
     if started_by_torchrun()[1] > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun keeps one store for all its restarts: without a prefix a rank would call the dead at their addresses
+        store, number, count = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count)
 
 
 def leave() -> None:

@@ -289,7 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     stages = [stage for stage in stages if s.steps(stage)]
     if resumed:
         stages = stages[stages.index(resumed["stage"]):]
-        forget(out / "log.csv", resumed["stage"], resumed["step"])
+        if rank() == 0:
+            forget(out / "log.csv", resumed["stage"], resumed["step"])
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     started, source = time.time(), clips
     count = s.cache if s.data == "shapes" else max(s.cache, len(clips))  # of a folder every clip, the more often cut
