@@ -3,7 +3,7 @@
 Both are the U-Net of `unet3d.py` under the diffusion of `diffusion.py` again, with other inputs:
 
     interpolation       three noisy latents, and on the channels beside each the latents of the key frames around them
-    super-resolution    a noisy frame in pixels, and on the channels beside it the small frame, enlarged
+    super-resolution    in pixels, what a frame has that the small one, enlarged, lacks, noisy; and beside it the latter
 
 The paper says that they exist, and little more; what is "ours" here is said so. Read `losses.py` next: how they learn.
 """
@@ -99,8 +99,9 @@ def interpolate(unet: UNet3D, diffusion: Diffusion, keys: Tensor, context: Tenso
 # ----------------------------------------------------------------------------------------------------------------------
 # Super-resolution: (h, w) -> (4h, 4w), frame by frame
 
-NOISE_LEVELS = 100  # steps of the schedule to which small frames are noised in training, at most (ours)
-NOISE_LEVEL = 10  # the same in sampling: about what a decoded frame differs from a true one (ours)
+NOISE_LEVELS = 20  # steps of the schedule to which small frames are noised in training, at most (ours)
+NOISE_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one (ours)
+GAIN = 8  # z_0 = GAIN * (frame - small frame, enlarged): what is missing, about as large as the noise (ours; see README)
 
 
 def shrink(frames: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def noised(small: Tensor, level: Tensor, diffusion: Diffusion, generators: list[
 
 
 @torch.no_grad()
-def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, steps: int = 8, seed: int = 0,
+def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, steps: int = 4, seed: int = 0,
             same_noise: bool = False, tile: int = 0, progress: Callable = lambda steps: steps) -> Tensor:
     """A clip (f, 3, h, w) in [-1, 1] -> (f, 3, 4h, 4w), every frame by itself (paper: super-resolution; N).
 
@@ -146,7 +147,7 @@ def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, 
     text = context.expand(f, -1, -1)
     clip = diffusion.sample(network, large.shape, text, text, None, "ddim", steps, 1.0, generator=generators,
                             progress=progress)
-    return clip[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)
+    return (large + clip / GAIN)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)
 
 
 def tiled(run: Callable, x: Tensor, tile: int) -> Tensor:

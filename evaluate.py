@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=240, help="real clips for --reconstruction and --fvd")
     parser.add_argument("--seed", type=int, default=0, help="clip i of a split is drawn with seed + i")
     parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
-    parser.add_argument("--upscale-steps", type=int, default=8, help="those of super-resolution")
+    parser.add_argument("--upscale-steps", type=int, default=4, help="those of super-resolution")
     parser.add_argument("--guidance", type=float, default=7.5, help="scale of classifier-free guidance")
     parser.add_argument("--sampler", default="ddim", choices=["ddim", "ddpm"])
     parser.add_argument("--fps", type=float, default=8, help="frames a second")

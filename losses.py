@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batches import rng, stacked
-from cascade import BETWEEN, FACTOR, NOISE_LEVELS, around, beside, enlarge, noised, shrink
+from cascade import BETWEEN, FACTOR, GAIN, NOISE_LEVELS, around, beside, enlarge, noised, shrink
 from diffusion import normal
 from magicvideo import MagicVideo
 from progress import by_band
@@ -113,4 +113,4 @@ def upscaling(model: MagicVideo, items: list[tuple[int, dict]], generators: list
     corners = [torch.randint(large.shape[-1] - side + 1, (2,), generator=g).tolist() for g in generators]
     large, seen = (torch.stack([x[..., top : top + side, left : left + side] for x, (top, left) in zip(xs, corners)])
                    for xs in (large, seen))
-    return beside(model.upscaler, seen, level.to(large.device)), large
+    return beside(model.upscaler, seen, level.to(large.device)), GAIN * (large - seen)

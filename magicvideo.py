@@ -141,7 +141,7 @@ class MagicVideo(nn.Module):
                            generators, progress)
 
     @torch.no_grad()
-    def upscale(self, videos: Tensor, prompts: list[str], steps: int = 8, seed: int = 0, same_noise: bool = False,
+    def upscale(self, videos: Tensor, prompts: list[str], steps: int = 4, seed: int = 0, same_noise: bool = False,
                 tile: int = 0, progress: Callable = lambda steps: steps) -> Tensor:
         """Clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), see `cascade.upscale` (paper: super-resolution).
 

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--interpolate", action="store_true", help="three frames more between two: F become 4F - 3")
     parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
     parser.add_argument("--interpolate-steps", type=int, default=20, help="sampling steps of it (default: 20)")
-    parser.add_argument("--upscale-steps", type=int, default=8, help="sampling steps of it (default: 8)")
+    parser.add_argument("--upscale-steps", type=int, default=4, help="sampling steps of it (default: 4)")
     parser.add_argument("--same-noise", action="store_true", help="--upscale: one start noise for all frames of a clip")
     parser.add_argument("--tile", type=int, default=0, metavar="N",
                         help="--upscale: N x N pixels at a time, for less memory (default: whole frames)")

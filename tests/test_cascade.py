@@ -10,6 +10,7 @@ from PIL import Image
 
 import cascade
 import figure
+import losses
 import sample
 import train
 from config import PRESETS
@@ -165,6 +166,37 @@ def test_noise_augmentation_is_that_of_the_schedule_for_each_frame():
         alpha = diffusion.alphas_cumprod[level]
         expected = alpha.sqrt() * small[i] + (1 - alpha).sqrt() * eps[i]
         assert torch.allclose(noisy[i], expected, rtol=0, atol=1e-9)
+
+
+def test_where_nothing_is_missing_the_enlarged_frame_stays_and_what_is_missing_is_added():
+    video, text = torch.rand(2, 3, 8, 8).double() - 0.5, torch.randn(1, 4, 24).double()
+    diffusion, asked = Diffusion(), []
+
+    def network(z, t, *_):  # eps for which z_0 is `missing` everywhere
+        asked.append(z[:, :, 3:])
+        alpha = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+        return (z[:, :, :3] - alpha.sqrt() * missing) / (1 - alpha).sqrt()
+
+    for missing in (0.0, 0.8):
+        clip = cascade.upscale(network, diffusion, video, text, steps=3)
+        seen = torch.cat(asked[:2])[:, 0]
+        assert (clip - seen - missing / cascade.GAIN).abs().max() < 0.02  # what the last step leaves of the noise
+        assert 0 < (seen - cascade.enlarge(video[:, None])[:, 0]).abs().mean() < 0.05  # noised a little
+
+
+def test_super_resolution_learns_what_the_crop_has_and_the_enlarged_one_lacks(key_model):
+    model = MagicVideo.load(key_model)
+    model.add_later("upscale")
+    items = [(i, ShapesDataset("train", 1, 64)[i]) for i in range(3)]
+    network, z0 = losses.upscaling(model, items, [torch.Generator().manual_seed(i) for i in range(3)])
+    seen = []
+    model.upscaler.forward = lambda z, *_: seen.append(z[:, :, 3:]) or z[:, :, :3]
+    network(z0, torch.zeros(3), torch.zeros(3, 4, 96), None)
+    crops = seen[0] + z0 / cascade.GAIN  # (3, 1, 3, 16, 16)
+    for (_, item), crop in zip(items, crops):
+        squares = item["video"].unfold(2, 16, 1).unfold(3, 16, 1)  # (1, 3, 49, 49, 16, 16)
+        assert (squares.sub(crop[:, :, None, None]).abs().amax((0, 1, 4, 5)) < 1e-5).any()
+    assert 0.1 < z0.abs().mean() < 3
 
 
 @pytest.mark.parametrize("same", [False, True])
