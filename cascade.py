@@ -101,7 +101,7 @@ def interpolate(unet: UNet3D, diffusion: Diffusion, keys: Tensor, context: Tenso
 
 NOISE_LEVELS = 20  # steps of the schedule to which small frames are noised in training, at most (ours)
 NOISE_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one (ours)
-GAIN = 8  # z_0 = GAIN * (frame - small frame, enlarged): what is missing, about as large as the noise (ours; see README)
+GAIN = 8  # z_0 = GAIN * (frame - small frame, enlarged): what is missing, about as large as the noise (ours)
 
 
 def shrink(frames: Tensor) -> Tensor:

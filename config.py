@@ -26,7 +26,7 @@ class MagicVideoConfig:
 
 
 PRESETS = {
-    # the shapes demo: 8 frames of 64 x 64, trained from nothing on two CPU cores (sizes measured, see README)
+    # the shapes demo: 8 frames of 64 x 64, trained from nothing on two CPU cores (sizes measured: docs/measurements.md)
     "tiny": MagicVideoConfig(
         size=64,
         text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),

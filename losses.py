@@ -50,7 +50,7 @@ def thumbnail_term(mean: Tensor, video: Tensor) -> Tensor:
     """Pulls latents (b, f, 4, h/8, w/8) of video (b, f, 3, h, w) to a form that diffusion learns fast -> scalar.
 
     Three of them to a small copy of the frame, the others to size one and no correlation with these. Left alone, a VAE
-    this small lays its colors on one line, yellow next to orange (ours; see README, "What we saw").
+    this small lays its colors on one line, yellow next to orange (ours; see docs/measurements.md).
     """
     small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:]).unflatten(0, video.shape[:2])
     small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as the prior, N(0, 1)

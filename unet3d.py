@@ -422,10 +422,10 @@ class UNet3D(nn.Module):
         z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
         z = self.conv_in_adaptor(z) if video else z
         skips = [z]
-        for level in self.down_blocks:
-            z = level(z, emb, context, video, skips)
+        for block in self.down_blocks:
+            z = block(z, emb, context, video, skips)
         z = self.mid_block(z, emb, context, video)
-        for level in self.up_blocks:
-            z = level(z, emb, context, video, skips)
+        for block in self.up_blocks:
+            z = block(z, emb, context, video, skips)
         z = per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, z)))  # (b, f, out_channels, h, w)
         return self.conv_out_adaptor(z) if video else z

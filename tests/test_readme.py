@@ -13,6 +13,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+BOTH = README + (ROOT / "docs" / "measurements.md").read_text("utf-8")
 NAMES = sorted(set(re.findall(r"`(\w+)\.py: ([\w.]+)`", README)))
 COMMANDS = re.findall(r"^(?:python|torchrun) .*$", README, re.MULTILINE)
 
@@ -34,9 +35,9 @@ def test_every_picture_and_link_leads_to_a_file(link):
     assert (ROOT / link).is_file()
 
 
-@pytest.mark.parametrize("file", sorted(set(re.findall(r"`([\w/-]+\.(?:py|txt|md|json))`", README))))
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"`([\w/-]+\.(?:py|txt|md|json))`", BOTH))))
 def test_every_file_that_is_named_exists(file):
-    examples = ("metadata.json", "NAME.txt")
+    examples = ("metadata.json", "NAME.txt", "EXERCISES.md")
     assert file in examples or (ROOT / file).is_file()
 
 
