@@ -59,7 +59,7 @@ def seconds(folder: Path) -> float:
 
 
 def start_of(arm: str, model_path: Path, path: Path) -> Path:
-    """The model an arm starts from: that of `model_path`, its mask another or its spatial branch without effect."""
+    """What an arm starts from: `model_path`'s model, its mask another or one branch mute (paper, ablation figure)."""
     model = MagicVideo.load(model_path)
     for module in model.unet.modules():
         if isinstance(module, DirectedTemporalAttention) and arm in ("literal", "bidirectional"):

@@ -102,7 +102,7 @@ def show_counts(name: str) -> None:
 
 
 def show_64_times(config: UNetConfig) -> None:
-    """Prints the paper's "64x" (abstract): the same image U-Net on 256 x 256 pixels and on 32 x 32 latents."""
+    """Prints "64x" (paper, abstract): the same image U-Net on 256 x 256 pixels and on 32 x 32 latents."""
     with torch.device("meta"):
         runs = [unet_run(UNet3D(replace(config, in_channels=c, out_channels=c)), 1, side, 77, video=False)
                 for c, side in ((3, 256), (config.in_channels, 32))]

@@ -48,7 +48,7 @@ def interpolation_config(unet: UNetConfig) -> UNetConfig:
 
 @torch.no_grad()
 def start_interpolation(unet: UNet3D) -> UNet3D:
-    """The interpolation network, started from the key frames': the same weights, for the new inputs zero (ours).
+    """The interpolation network, started from the key frames': the same weights, new inputs zero (paper §3; ours).
 
     An adaptor's three scales and shifts are each the mean of those of all key frames.
     """
@@ -78,7 +78,7 @@ def around(keys: Tensor) -> Tensor:
 def interpolate(unet: UNet3D, diffusion: Diffusion, keys: Tensor, context: Tensor, fps: Tensor, steps: int = 20,
                 generators: list[torch.Generator] | None = None,
                 progress: Callable = lambda steps: steps) -> Tensor:
-    """Key latents (b, f, c, h, w) at `fps` (b,) a second -> latents (b, 4f-3, c, h, w) at four times the rate.
+    """Key latents (b, f, c, h, w) at `fps` (b,) a second -> (b, 4f-3, c, h, w) at four times the rate (paper §3).
 
     All gaps of all clips are one batch; key frames stay what they are, bit for bit, at 0, 4, 8 ... Text (context
     (b, l, d)) and FPS are the key frames'; there is no guidance, since two frames say more than a caption (ours).
@@ -126,7 +126,7 @@ def noised(small: Tensor, level: Tensor, diffusion: Diffusion, generators: list[
 @torch.no_grad()
 def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, steps: int = 4, seed: int = 0,
             same_noise: bool = False, tile: int = 0, progress: Callable = lambda steps: steps) -> Tensor:
-    """A clip (f, 3, h, w) in [-1, 1] -> (f, 3, 4h, 4w), every frame by itself (paper: super-resolution; N).
+    """A clip (f, 3, h, w) in [-1, 1] -> (f, 3, 4h, 4w), every frame by itself (paper §3).
 
     `context` (1, l, d) is the text; there is no guidance. With `same_noise` all frames start from the same noise, so
     that what is made up does not flicker; with `tile` the network sees squares of so many large pixels at a time.

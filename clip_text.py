@@ -66,7 +66,7 @@ def split_words(text: str) -> list[str]:
 
 
 class Tokenizer:
-    """Captions to token ids and back, by a list of merges (matches OpenAI's CLIP; padding matches SD).
+    """Captions to token ids and back, by a list of merges (paper §3; matches OpenAI's CLIP, padding SD).
 
     merges: pairs of symbols in the order learned. They are all there is to save: `Tokenizer(merges)` is the same again.
     Raises ValueError for a merge of symbols that no earlier merge made, or into a symbol that is there already.
@@ -280,7 +280,7 @@ class CLIPTextLayer(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids to the `context` that the U-Net's cross-attention reads: all positions, not one pooled vector (SD 1.x).
+    """Token ids to the `context` that the U-Net's cross-attention reads (paper §3): all positions (as SD 1.x).
 
     Raises ValueError if the heads do not divide the width.
     """

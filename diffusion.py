@@ -84,7 +84,7 @@ class Diffusion:
         return ((t >= 0) & (t < self.config.steps)).double().mean().item()
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) or (b, f) -> z_t (b, f, c, h, w)."""
+        """q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) or (b, f) -> z_t (b, f, c, h, w) (paper §3.2)."""
         # z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
         signal, noise = self.coefficients(t, z0)
         return signal * z0 + noise * eps
@@ -164,7 +164,7 @@ class Diffusion:
 
     def guided(self, model: Callable, z: Tensor, t: Tensor | int, context: Tensor, uncond: Tensor, fps: Tensor | None,
                guidance: float) -> Tensor:
-        """Classifier-free guidance: the network's output pushed away from the one without text, shape of z."""
+        """Classifier-free guidance (paper §3): the output pushed away from the one without text, shape of z."""
         t = torch.as_tensor(t).clamp(0, self.config.steps - 1)
         t = (t if t.ndim else t.expand(len(z))).to(z.device)  # (b,) or (b, f)
         if guidance == 1:
@@ -195,7 +195,7 @@ class Diffusion:
 
     def ddim_step(self, z: Tensor, output: Tensor, t: Tensor | int, previous: Tensor | int, eta: float,
                   eps: Tensor) -> Tensor:
-        """z_t -> z_previous (DDIM, Song et al. 2021, eq. 12); below step 0 alpha_bar is that of step 0 (matches SD)."""
+        """z_t -> z_previous (paper §3; DDIM, Song et al. 2021, eq. 12); alpha_bar below 0 is that of 0 (as SD)."""
         alpha, alpha_previous = self.alpha_bar(t, z), self.alpha_bar(previous, z)
         z0_hat, eps_hat = self.split(z, output, t)
         # sigma^2 = eta^2 (1 - alpha_bar_prev) / (1 - alpha_bar) (1 - alpha_bar / alpha_bar_prev)
@@ -205,7 +205,7 @@ class Diffusion:
         return signal * z0_hat + noise * eps_hat + sigma * eps
 
     def ddpm_step(self, z: Tensor, output: Tensor, t: Tensor | int, previous: Tensor | int, eps: Tensor) -> Tensor:
-        """z_t -> z_previous, a draw from q(z_prev | z_t, z_0_hat) (DDPM, Ho et al. 2020, eq. 7; matches SD)."""
+        """z_t -> z_previous, from q(z_prev | z_t, z_0_hat) (paper §3; DDPM, Ho et al. 2020, eq. 7; matches SD)."""
         alpha, alpha_previous = self.alpha_bar(t, z), self.alpha_bar(previous, z, done=1.0)
         beta = 1 - alpha / alpha_previous  # of the whole stride from previous to t
         z0_hat, _ = self.split(z, output, t)

@@ -24,7 +24,7 @@ SIZE, LEAST_FRAMES = 224, 9  # what I3D sees, and needs: its last pool spans 2 s
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a (n, d) and b (m, d), in float64.
+    """d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features a (n, d), b (m, d) (paper, results).
 
     mu and S are means and unbiased covariances (Dowson and Landau 1982; as FVD's authors take them). n and m may be
     below d. Raises InputError if either has fewer than 2 clips, or a value that is no number.
@@ -76,7 +76,7 @@ MIXED = {
 
 
 class I3D(nn.Module):
-    """Clips (b, 3, t, 224, 224) in [-1, 1] -> logits (b, 400) of Kinetics-400's classes, averaged over time.
+    """Clips (b, 3, t, 224, 224) in [-1, 1] -> logits (b, 400) of Kinetics-400, the mean over time (paper, results).
 
     Inference only. Layers bear their names in DeepMind's code (Carreira and Zisserman 2017), so that weights find them.
     """

@@ -77,7 +77,7 @@ def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Se
               stage: str) -> tuple[Tensor, list]:
     """The diffusion loss of a batch, or a part of one: on latents of clips (b, f, ...) or frames (b, 1, ...).
 
-    Or, in stage upscale, on pixels of frames. Second comes the same loss by bands of t, for the log.
+    Or, in stage upscale, on pixels of frames (paper §3). Second comes the same loss by bands of t, for the log.
     """
     generators = [rng(s.seed, EVERY.index(stage), 1, step, place) for place, _ in items]
     diffusion, network, fps = model.diffusion, model.unet, None
@@ -102,9 +102,10 @@ def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Se
 
 
 def upscaling(model: MagicVideo, items: list[tuple[int, dict]], generators: list) -> tuple[Callable, Tensor]:
-    """Frames (1, 3, 4h, 4w) of items -> super-resolution as a network of z alone, and crops (b, 1, 3, h, w) as its z_0.
+    """Frames (1, 3, 4h, 4w) of items -> super-resolution as a network of z alone, and its z_0 (b, 1, 3, h, w).
 
-    Beside z it reads the same crop of the small frame, noised to a random level, and that level (ours).
+    z_0 is what a crop has that the small frame, enlarged, lacks. Beside z the network reads the latter, noised to a
+    random level, and that level (paper §3; ours).
     """
     large = stacked(items, "video", model.upscaler.conv_in.weight)  # (b, 1, 3, 4h, 4w)
     level = torch.cat([torch.randint(NOISE_LEVELS, (1,), generator=g) for g in generators])  # (b,)

@@ -159,7 +159,7 @@ class FPSEmbedding(TimestepEmbedding):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a residual, the time embedding added between them (matches SD).
+    """Two 3x3 convolutions around a residual, the time embedding added between them (matches SD; paper §3.2.1).
 
     Video: each convolution is followed by its own `FrameAdaptor`.
     """
@@ -228,7 +228,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """S-Attn(z) = Cross-Attn(LN(MHSA(LN(z)))) with SD's residuals and feed-forward (paper §3.2.2; matches SD).
 
-    Video: the paper's figure draws a second adaptor set after the self-attention of each frame.
+    Video: the paper's figure (§3.2.1) draws a second adaptor set after the self-attention of each frame.
     """
 
     def __init__(self, channels: int, config: UNetConfig):
@@ -252,7 +252,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Normalise, project, one TransformerBlock over the pixels of each frame, project, add to z (matches SD)."""
+    """Norm, projection, one TransformerBlock over each frame's pixels, projection, sum (paper §3.2.2; matches SD)."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -322,7 +322,7 @@ class Level(nn.Module):
         return self.layer(i, *inputs)
 
     def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
-        """Resnet i and, where there is one, the ST block i (paper, figure of the 3D U-Net)."""
+        """Resnet i and, where there is one, the ST block i (paper §3.2.2, and figure of the 3D U-Net)."""
         z = self.resnets[i](z, emb, self.resnet_adaptors[i] if video else None)
         if i >= len(self.attentions):
             return z
@@ -374,7 +374,7 @@ class UpLevel(Level):
 
 
 class UNet3D(nn.Module):
-    """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (b, f, c, h, w).
+    """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat, like z (paper §3.2).
 
     Where frames are not equally noisy, t is (b, f). Without fps it is the image model: each frame by itself, any number
     of them, no new part used (training stage "image"); `level` (b,) is for super-resolution alone. GroupNorm sees one

@@ -32,7 +32,7 @@ class VideoVAE(nn.Module):
     """Frames to latents an eighth of the size and back, shapes as in SD: (b, f, 3, h, w) <-> (b, f, 4, h/8, w/8).
 
     `encode` returns the raw posterior as SD's encoder does; `sample_latents` draws from it and scales by
-    `scaling_factor`; `decode` takes such scaled latents. Every GroupNorm has eps 1e-6 (matches SD).
+    `scaling_factor`; `decode` takes such scaled latents. Every GroupNorm has eps 1e-6 (matches SD; paper, VideoVAE).
     """
 
     def __init__(self, config: VAEConfig):
@@ -48,7 +48,7 @@ class VideoVAE(nn.Module):
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video (b, f, 3, h, w) in [-1, 1] -> mean, logvar of q(z | frame), each (b, f, 4, h/8, w/8), unscaled.
 
-        Every frame by itself: no layer mixes frames. Raises ValueError if h or w is not a multiple of 8.
+        Every frame by itself: no layer mixes frames (paper §3). Raises ValueError if h or w is not a multiple of 8.
         """
         factor = 2 ** (len(self.config.channels) - 1)
         if video.shape[-2] % factor or video.shape[-1] % factor:
@@ -94,8 +94,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (b*f, 4, h, w) of clips of f frames -> frames (b*f, 3, 8h, 8w) (matches SD; temporal layers ours).
 
-    The paper puts two temporal layers into the decoder; their places are ours: after the middle block and after the
-    first up block, where the maps are small.
+    The paper's VideoVAE puts two temporal layers into the decoder; their places are ours: after the middle block and
+    after the first up block, where the maps are small.
     """
 
     def __init__(self, config: VAEConfig):

@@ -22,6 +22,17 @@ def test_the_map_is_there():
     assert len(NAMES) > 15 and len(COMMANDS) > 5
 
 
+@pytest.mark.parametrize("row", re.findall(r"^\| (.*\.py: .*) \|$", README, re.MULTILINE))
+def test_the_way_back_every_name_in_the_map_cites_its_place_in_the_paper(row):
+    place, names = row.split(",", 1)[0], re.findall(r"`(\w+)\.py: ([\w.]+)`", row)
+    assert names
+    for module, name in names:
+        thing = importlib.import_module(module)
+        for part in name.split("."):
+            thing = getattr(thing, part)
+        assert re.search(rf"paper.*{place}(?![.\d])", " ".join(thing.__doc__.split()), re.IGNORECASE), name
+
+
 @pytest.mark.parametrize("module, name", NAMES)
 def test_every_name_in_the_map_exists(module, name):
     thing = importlib.import_module(module)
