@@ -106,7 +106,7 @@ def step_batches(model: MagicVideo, source: Dataset, stage: str, s: Settings, fi
 
 def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
                 resumed: dict | None) -> None:
-    """Trains one stage (paper §3) on `source`, `clips` or their latents; leaves the weights' moving average in the model.
+    """Trains one stage (paper §3) on `source`, `clips` or their latents; leaves the weights' average in the model.
 
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
