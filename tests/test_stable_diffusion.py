@@ -21,8 +21,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed: the fol
 PROMPT = "a photo of the moon"
 
 
-@pytest.fixture(scope="module")
-def pipe():
+def small_pipeline():
     """A Stable Diffusion pipeline of a few thousand weights, all random, in float32."""
     spec = importlib.util.find_spec("clip")
     if spec is None:
@@ -49,6 +48,11 @@ def pipe():
                                         steps_offset=1, clip_sample=False, set_alpha_to_one=False)
     return diffusers.StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None,
                                              requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return small_pipeline()
 
 
 @pytest.fixture(scope="module")
