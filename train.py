@@ -279,6 +279,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = model or MagicVideo.from_preset(s.preset, frames, [caption for caption in clips.captions if caption])
     if s.stage in LATER:
         model.add_later(s.stage)
+    elif model.config.later and not s.decoder_only:
+        say(f"{', '.join(model.config.later)}: learned with the text and latents of before; train them again after this")
     model = model.to(device).train()
     if s.compile:
         for unet in (model.unet, model.interpolator, model.upscaler):

@@ -253,6 +253,14 @@ def test_a_later_stage_changes_its_own_network_alone(trained, key_model):
     assert Image.open(trained / "u/samples/upscale-000004.png").width == 3 * 64 + 2 * 2
 
 
+def test_training_the_key_frames_again_says_what_must_follow(trained, capsys):
+    train.main(["--stage", "video", "--init-from", str(trained / "u/model.pt"), "--out", "k", "--video-steps", "1", *SHORT])
+    assert "interpolate, upscale: learned with the text and latents of before; train them" in capsys.readouterr().out
+    train.main(["--stage", "vae", "--decoder-only", "--init-from", str(trained / "u/model.pt"), "--out", "d",
+                "--vae-steps", "1", "--sample-every", "0"])
+    assert "learned with" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stage", ["interpolate", "upscale"])
 def test_a_later_stage_goes_on_as_if_it_had_not_been_stopped(trained, key_model, stage, monkeypatch):
     log = train.log
