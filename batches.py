@@ -108,7 +108,7 @@ class Latents(Dataset):
                 write_checkpoint(path, {"format": "magicvideo-latents", "key": key, "kept": self.kept})
 
     def found(self, path: Path, key: str) -> bool:
-        """Whether `path` holds latents of this key, which are then these."""
+        """Reads `path` into self.kept; whether it was there and has this key."""
         try:
             contents = read_checkpoint(path, "magicvideo-latents", mmap=True)
         except InputError:
@@ -144,7 +144,7 @@ class Frames(Dataset):
 
 
 def latents_key(model: MagicVideo, clips: Dataset, count: int) -> str:
-    """Of all that latents depend on: how clips are cut and which they are, how many, the encoder's weights."""
+    """A hash of all that latents depend on: which clips, how cut, how many, and the encoder's weights."""
     digest = hashlib.sha256(f"{clips.identity()} {count}".encode())
     for part in (model.vae.encoder, model.vae.quant_conv):
         for weight in part.state_dict().values():

@@ -91,6 +91,7 @@ def show_counts(name: str) -> None:
     config = PRESETS[name]
     print(f"{name}: {config.unet.frames} frames of {config.size} x {config.size} pixels\n"
           f"  {'part':26}{'parameters':>13}{'GFLOP':>12} per")
+    whole = 0, 0  # of the image parts above
     for part, per, size, operations in count(config):
         share = ""
         if part.startswith("  +"):

@@ -3,9 +3,9 @@
 Both are the U-Net of `unet3d.py` under the diffusion of `diffusion.py` again, with other inputs:
 
     interpolation       three noisy latents, and on the channels beside each the latents of the key frames around them
-    super-resolution    in pixels, what a frame has that the small one, enlarged, lacks, noisy; and beside it the latter
+    super-resolution    in pixels: the noisy difference of a frame and its enlarged small copy; beside it that copy
 
-The paper says that they exist, and little more; what is "ours" here is said so. Read `losses.py` next: how they learn.
+The paper says that they exist, and little more; what is "ours" here is said so. Read `train.py` next: how all learn.
 """
 
 from collections.abc import Callable
@@ -89,9 +89,9 @@ def interpolate(unet: UNet3D, diffusion: Diffusion, keys: Tensor, context: Tenso
         raise ValueError("one key frame: there is nothing to interpolate between, give two or more")
     gaps = f - 1
     of_gaps = [x.repeat_interleave(gaps, 0) for x in (context, fps)]
-    noise = [g for g in generators for _ in range(gaps)] if generators else None
+    repeated = [g for g in generators for _ in range(gaps)] if generators else None
     between = diffusion.sample(beside(unet, around(keys)), (b * gaps, BETWEEN, c, h, w), of_gaps[0], of_gaps[0],
-                               of_gaps[1], "ddim", steps, 1.0, generator=noise, progress=progress)
+                               of_gaps[1], "ddim", steps, 1.0, generator=repeated, progress=progress)
     rows = torch.cat([keys[:, :-1, None], between.unflatten(0, (b, gaps))], dim=2)  # (b, f-1, 4, c, h, w)
     return torch.cat([rows.flatten(1, 2), keys[:, -1:]], dim=1)  # (b, 4f-3, c, h, w)
 
@@ -101,7 +101,7 @@ def interpolate(unet: UNet3D, diffusion: Diffusion, keys: Tensor, context: Tenso
 
 NOISE_LEVELS = 20  # steps of the schedule to which small frames are noised in training, at most (ours)
 NOISE_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one (ours)
-GAIN = 8  # z_0 = GAIN * (frame - small frame, enlarged): what is missing, about as large as the noise (ours)
+GAIN = 8  # z_0 = GAIN * (frame - enlarge(noised small frame)): what is missing, made about as large as noise (ours)
 
 
 def shrink(frames: Tensor) -> Tensor:
@@ -135,19 +135,20 @@ def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, 
     generators = [torch.Generator().manual_seed(seed if same_noise else seed * 1_000_003 + i) for i in range(f)]
     level = torch.tensor([NOISE_LEVEL])
     small = noised(video[:, None], level.expand(f), diffusion, generators)  # (f, 1, 3, h, w)
-    large, level = enlarge(small), level.to(video.device)
+    seen, level = enlarge(small), level.to(video.device)
 
     def network(z: Tensor, t: Tensor, context: Tensor, _: None) -> Tensor:
         frames = []
         for i in range(f):  # one after the other: each is as large as many crops
-            seen = torch.cat([z[i : i + 1], large[i : i + 1]], dim=2)  # (1, 1, 6, 4h, 4w)
-            frames.append(tiled(lambda part: unet(part, t[i : i + 1], context[i : i + 1], None, level), seen, tile))
+            both = torch.cat([z[i : i + 1], seen[i : i + 1]], dim=2)  # (1, 1, 6, 4h, 4w)
+            frames.append(tiled(lambda part: unet(part, t[i : i + 1], context[i : i + 1], None, level), both, tile))
         return torch.cat(frames)
 
     text = context.expand(f, -1, -1)
-    clip = diffusion.sample(network, large.shape, text, text, None, "ddim", steps, 1.0, generator=generators,
+    clip = diffusion.sample(network, seen.shape, text, text, None, "ddim", steps, 1.0, generator=generators,
                             progress=progress)
-    return (large + clip / GAIN)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)
+    # frame = enlarge(noised small frame) + z_0 / GAIN
+    return (seen + clip / GAIN)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)
 
 
 def tiled(run: Callable, x: Tensor, tile: int) -> Tensor:

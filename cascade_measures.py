@@ -41,7 +41,7 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace, out: Path) -> di
                 "nearest": torch.where(part < 0.5, before, after), "decoded, all true": decoded(model, true)}
         new = torch.arange(length) % rate > 0
         errors.append({name: (frames - true)[new].square().mean() for name, frames in arms.items()})
-        even.append(steps(found.cpu(), clip["caption"]))
+        even.append(one_way_and_even(found.cpu(), clip["caption"]))
         if i < 4:
             pictures += [true[: 2 * rate + 1], found[: 2 * rate + 1], arms["cross-fade"][: 2 * rate + 1]]
     write_image(out / "interpolation.png", strip(torch.stack(pictures).cpu()))
@@ -56,7 +56,7 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace, out: Path) -> di
         clips = model.decode(model.interpolate(keys, batch, flags.fps, seed=flags.seed + i)).cpu()
         verdicts["key frames"] += [judge(clip, flags.fps) for clip in model.decode(keys).cpu()]
         verdicts["interpolated"] += [judge(clip, flags.fps) for clip in clips]
-        of_samples += [steps(clip, prompt) for clip, prompt in zip(clips, batch)]
+        of_samples += [one_way_and_even(clip, prompt) for clip, prompt in zip(clips, batch)]
     rows = [count(name, prompts, said) for name, said in verdicts.items()]
     print(table(rows))
     found = {"psnr": psnr, "clips": len(errors), "rows": rows}
@@ -73,7 +73,7 @@ def decoded(model: MagicVideo, true: Tensor) -> Tensor:
     return model.decode(model.config.vae.scaling_factor * model.vae.encode(true[None])[0])[0]
 
 
-def steps(video: Tensor, caption: str) -> tuple[bool, bool] | None:
+def one_way_and_even(video: Tensor, caption: str) -> tuple[bool, bool] | None:
     """Whether a moving object goes one way in every step, and whether all steps are within EVEN of their mean.
 
     None for captions of growing and shrinking, (False, False) where nothing is seen.

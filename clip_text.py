@@ -2,7 +2,7 @@
 
 CLIP's text side, exactly (Radford et al. 2021, arXiv 2103.00020): byte-pair tokenizer first, transformer below.
 The paper (§3) takes CLIP over, frozen; both halves can also be trained from scratch, at any size (ours).
-Read next: unet3d.py, where every frame reads these vectors by cross-attention.
+In `unet3d.py` every frame reads them by cross-attention. Read `magicvideo.py` next: the parts made one.
 """
 
 import gzip

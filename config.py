@@ -18,7 +18,7 @@ class MagicVideoConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    # super-resolution, in pixels: the noisy frame and the small one, enlarged (sizes ours: the paper is silent)
+    # super-resolution, in pixels: what the enlarged small frame lacks, noisy, and beside it that frame (sizes ours)
     upscale: UNetConfig = field(default_factory=lambda: UNetConfig(
         in_channels=6, out_channels=3, channels=(64, 128, 256, 512), attention=(False,) * 4, frames=0,
         noise_level=True))

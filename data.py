@@ -1,4 +1,4 @@
-"""Clips in and out: the embedded shapes data set, folders of clips, and reading, writing and showing clips.
+"""The two data sets: embedded shapes, and folders of clips (`clip_files.py` reads and writes the files).
 
 One function, `sample_frames`, cuts both data sets (paper §3.2, FPS): a random part of a video, frames uniformly in it,
 and how many of them make a second. Videos are (f, 3, h, w), pixels in [-1, 1]. Read next: `vae.py`, where clips go.

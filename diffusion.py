@@ -1,6 +1,6 @@
 """Latent diffusion (paper §3.2): noise is added by a fixed schedule, a network learns to predict it, and sampling
 walks the schedule backwards. Schedule, DDPM and DDIM are Stable Diffusion's, number for number; the paper names
-none (see README, "Where the paper is silent"). Read `magicvideo.py` next: the five parts made one.
+none (see README, "Where the paper is silent"). Read `vae.py` next: what z is.
 """
 
 from collections.abc import Callable
@@ -74,9 +74,9 @@ class Diffusion:
         lag, last = self.config.frame_lag, self.config.steps - 1
         if not lag or fps is None:
             return t
-        # 0 .. T-1 is stretched over 0 .. T-1 + lag (f - 1); frame i is lag (f - i) steps ahead of the last one
+        # t_i = t (T-1 + lag (f-1)) / (T-1) - lag (f - i) for i = 1 .. f: the last frame is the noisiest
         stretched = t + t * lag * (frames - 1) // last
-        return stretched[:, None] - lag * torch.arange(frames - 1, -1, -1)
+        return stretched[:, None] - lag * torch.arange(frames - 1, -1, -1)  # (b, f)
 
     def counted(self, frames: int, fps: Tensor | None) -> float:
         """The part of a clip's frames that the loss counts, on average over t: 1 without lag."""
@@ -96,6 +96,7 @@ class Diffusion:
         z0 (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model -> scalar. With "v_prediction" the
         network is compared with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022); with a
         `frame_lag`, frames whose turn is over or has not come are left out: sampling does not ask for them (both ours).
+        Training averages `errors` itself, so that parts of a batch add up: `losses.unet_loss`.
         """
         errors, t = self.errors(model, z0, context, fps, generator)
         return errors[t >= 0].mean()
@@ -113,6 +114,7 @@ class Diffusion:
         predicted = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         target = eps
         if self.config.prediction == "v_prediction":
+            # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0
             signal, noise = self.coefficients(t, z0)
             target = signal * eps - noise * z0
         errors = (predicted.float() - target.float()).square().mean((2, 3, 4))  # (b, f)
@@ -170,6 +172,7 @@ class Diffusion:
         if guidance == 1:
             return model(z, t, context, fps)
         if self.config.guidance_power:  # text settles place and motion first; pushed on, edges and colors overshoot
+            # s_t = 1 + (s - 1) (t / T)^power
             falling = (t.cpu().double() / self.config.steps) ** self.config.guidance_power
             guidance = 1 + (guidance - 1) * falling.view(*t.shape, *[1] * (z.ndim - t.ndim)).to(z)
         # both halves in one batch: uncond + s (cond - uncond)
@@ -178,8 +181,8 @@ class Diffusion:
         without, given = both.chunk(2)
         guided = without + guidance * (given - without)
         if self.config.guidance_rescale:
-            # far from both, its values grow too large: give each clip (or frame, where each has a step of its own)
-            # back the spread it has without guidance
+            # guided * (1 + rescale (std(given) / std(guided) - 1)): guidance makes values too large; each clip, or frame
+            # where each has a step of its own, gets back the spread of the output with text
             dims = tuple(range(t.ndim, z.ndim))
             spread = given.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
             guided = guided * (1 + self.config.guidance_rescale * (spread - 1))
@@ -189,6 +192,8 @@ class Diffusion:
         """What the network's output at step t says of z_t: (z_0_hat, eps_hat), each of z's shape."""
         signal, noise = self.coefficients(t, z)
         if self.config.prediction == "v_prediction":
+            # z_0_hat = sqrt(alpha_bar_t) z_t - sqrt(1 - alpha_bar_t) v
+            # eps_hat = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t
             return signal * z - noise * output, signal * output + noise * z
         # z_0_hat = (z_t - sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_bar_t)
         return (z - noise * output) / signal, output

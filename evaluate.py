@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default="shapes", help='"shapes"; for --reconstruction and --fvd also a folder')
     parser.add_argument("--split", default="both", choices=["test", "train", "both"], help="test: held-out captions")
     parser.add_argument("--seeds", type=int, default=4, help="clips of each of the 24 captions")
-    parser.add_argument("--clips", type=int, default=240, help="real clips for --reconstruction and --fvd")
+    parser.add_argument("--clips", type=int, default=240, help="real clips, of measures that need them")
     parser.add_argument("--seed", type=int, default=0, help="clip i of a split is drawn with seed + i")
     parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
     parser.add_argument("--upscale-steps", type=int, default=4, help="those of super-resolution")

@@ -1,4 +1,4 @@
-"""What each stage of training minimises, on the items of one step (see `train.py` for the stages)."""
+"""What each stage of training minimises, on the items of one step (its stages: `train.py`; read `data.py` next)."""
 
 from collections.abc import Callable
 
@@ -20,17 +20,18 @@ def vae_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Set
 
     Of each clip a single frame at first, without the temporal layers; see `vae_frames`.
     """
-    f, videos, noise = vae_frames(model, step, s), [], []
+    f, videos, generators = vae_frames(model, step, s), [], []
     for place, clip in items:
         generator = rng(s.seed, 0, 1, step, place)
         first = int(torch.randint(len(clip["video"]) - f + 1, (), generator=generator))
         videos.append(clip["video"][first : first + f])
-        noise.append(generator)
+        generators.append(generator)
     video = torch.stack(videos).to(model.unet.conv_in.weight)  # (b, f, 3, h, w)
     mean, logvar = model.vae.encode(video)
-    z = model.vae.sample_latents(mean, logvar, normal(mean.shape, noise).to(mean))
-    # KL(q(z | frame) || N(0, 1)) per latent number
+    z = model.vae.sample_latents(mean, logvar, normal(mean.shape, generators).to(mean))
+    # KL(q(z | frame) || N(0, 1)) = (mean^2 + sigma^2 - 1 - log sigma^2) / 2, per latent number
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    # loss = |decoded - video|^2 + kl_weight KL (+ thumbnail term, single frames only)
     loss = F.mse_loss(model.vae.decode(z, temporal=f > 1), video) + s.kl_weight * kl
     # frames of one clip are too much alike to say how latents vary
     return loss + (s.thumbnail * thumbnail_term(mean, video) if s.thumbnail and f == 1 and mean.requires_grad else 0)
@@ -75,9 +76,9 @@ def heard(caption: str, s: Settings, generator: torch.Generator) -> str:
 
 def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Settings,
               stage: str) -> tuple[Tensor, list]:
-    """The diffusion loss of a batch, or a part of one: on latents of clips (b, f, ...) or frames (b, 1, ...).
+    """The diffusion loss of a batch, or a part of one, and the same by bands of t for the log (paper §3, §3.2).
 
-    Or, in stage upscale, on pixels of frames (paper §3). Second comes the same loss by bands of t, for the log.
+    On latents of clips (b, f, ...), in stage image of frames (b, 1, ...); in stage upscale on pixels of frames.
     """
     generators = [rng(s.seed, EVERY.index(stage), 1, step, place) for place, _ in items]
     diffusion, network, fps = model.diffusion, model.unet, None
@@ -104,8 +105,8 @@ def unet_loss(model: MagicVideo, items: list[tuple[int, dict]], step: int, s: Se
 def upscaling(model: MagicVideo, items: list[tuple[int, dict]], generators: list) -> tuple[Callable, Tensor]:
     """Frames (1, 3, 4h, 4w) of items -> super-resolution as a network of z alone, and its z_0 (b, 1, 3, h, w).
 
-    z_0 is what a crop has that the small frame, enlarged, lacks. Beside z the network reads the latter, noised to a
-    random level, and that level (paper §3; ours).
+    The small frame is noised to a random level, then enlarged: z_0 is what a crop has that this lacks, and the network
+    reads this beside z, and the level (paper §3; ours).
     """
     large = stacked(items, "video", model.upscaler.conv_in.weight)  # (b, 1, 3, 4h, 4w)
     level = torch.cat([torch.randint(NOISE_LEVELS, (1,), generator=g) for g in generators])  # (b,)
@@ -114,4 +115,5 @@ def upscaling(model: MagicVideo, items: list[tuple[int, dict]], generators: list
     corners = [torch.randint(large.shape[-1] - side + 1, (2,), generator=g).tolist() for g in generators]
     large, seen = (torch.stack([x[..., top : top + side, left : left + side] for x, (top, left) in zip(xs, corners)])
                    for xs in (large, seen))
+    # z_0 = GAIN * (frame - enlarge(noised small frame))
     return beside(model.upscaler, seen, level.to(large.device)), GAIN * (large - seen)

@@ -2,7 +2,7 @@
 
 The five files it joins are one idea each: `clip_text.py`, `vae.py`, `unet3d.py`, `diffusion.py`, and `data.py` for the
 captions that the smallest tokenizer is learned from; `cascade.py` has what follows the key frames, `config.py` all
-sizes. Read `train.py` and `sample.py` next: how it is made and used.
+sizes. Read `cascade.py` next: what follows the key frames.
 """
 
 import copy
@@ -84,7 +84,7 @@ class MagicVideo(nn.Module):
                progress: Callable = lambda steps: steps) -> Tensor:
         """Prompts -> clips (b, f, 3, h, w) in [-1, 1] (paper §3; sampler, steps and guidance are SD's).
 
-        What the settings are: `sample_latents`.
+        Settings: `sample_latents` (fps, seed, frames), `Diffusion.sample` (sampler, steps, guidance, eta).
         """
         return self.decode(self.sample_latents(prompts, fps, steps, guidance, sampler, seed, eta, frames, progress))
 

@@ -32,6 +32,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in by_shape.items():
                 steps = []
                 for p in matrices:
+                    # m <- mu m + (1 - mu) g; the step is (1 - mu) g + mu m
                     average = self.state[p].setdefault("average", torch.zeros_like(p))
                     average.lerp_(p.grad, 1 - group["momentum"])
                     steps.append(p.grad.lerp(average, group["momentum"]).flatten(1))  # Nesterov's look ahead
@@ -43,7 +44,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(m: Tensor) -> Tensor:
     """Matrices (n, rows, columns) with their singular values moved to 0.7 .. 1.2, by five steps of Newton-Schulz.
 
-    The polynomial's slope at 0 is steep, so that five steps are enough; nearer to one is not needed (Jordan et al.).
+    X <- 3.4445 X + (-4.7750 X X^T + 2.0315 (X X^T)^2) X is steep at 0, so that five steps are enough; nearer to one is
+    not needed (Jordan et al.).
     """
     if m.shape[1] > m.shape[2]:
         return orthogonal(m.mT).mT
@@ -87,6 +89,7 @@ class MovingAverage:
         """After a step of the optimizer."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        # average <- decay average + (1 - decay) weight
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 
     def swap(self) -> None:

@@ -33,13 +33,13 @@ class Settings:
     video_steps: int = setting(3400, "the same of stage video")
     interpolate_steps: int = setting(2000, "the same of stage interpolate")
     upscale_steps: int = setting(2000, "the same of stage upscale")
-    batch_size: int = setting(16, "clips a step, of each process; stage image takes as many frames")
+    batch_size: int = setting(16, "clips a step, of each process; in stage image as many single frames as these have")
     vae_batch_size: int = setting(12, "frames a step of stage vae, of each process")
     parts: int = setting(2, "parts of a U-Net batch: on a CPU side by side, on a GPU in turn (less memory)")
     lr: float = setting(2.5e-3, "highest learning rate of the U-Net, after warm-up; it falls to 0 as a cosine")
     muon_lr: float = setting(0.02, "the same of the matrices, which Muon moves; 0 = AdamW moves them as all else")
     new_parts_lr: float = setting(5.0, "how much faster new parts (adaptors above all) learn where AdamW moves them")
-    vae_lr: float = setting(3e-3, "the same for the VAE")
+    vae_lr: float = setting(3e-3, "highest learning rate of the VAE")
     warmup: int = setting(50, "steps over which the learning rate rises")
     ema: float = setting(0.995, "decay of the moving average of the weights, reached by way of (1 + n) / (10 + n)")
     kl_weight: float = setting(2e-3, "weight of the KL term of the VAE")
@@ -57,7 +57,7 @@ class Settings:
     seed: int = setting(0, "of weights, data and noise")
 
     def steps(self, stage: str) -> int:
-        """Of a stage."""
+        """How many steps a stage has."""
         return {"vae": self.vae_steps, "image": self.image_steps, "video": self.video_steps,
                 "interpolate": self.interpolate_steps, "upscale": self.upscale_steps}[stage]
 
@@ -67,7 +67,8 @@ PRESET_SETTINGS = {
     "tiny": {},
     "small": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
               "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4,
-              "word_dropout": 0.0, "ema": 0.9995, "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000,
+              "word_dropout": 0.0, "ema": 0.9995, "warmup": 500,
+              "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000,
               "interpolate_steps": 50_000, "upscale_steps": 50_000},
     "paper": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
               "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5,
@@ -79,11 +80,11 @@ PRESET_SETTINGS = {
 
 def read_flags(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The command line -> (--out, --resume, --device) and the settings that were given, by name."""
-    parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags every stage, on shapes.")
+    parser = argparse.ArgumentParser(description="Trains MagicVideo; without flags vae, image and video, on shapes.")
     for f in fields(Settings):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
+                            help=f"{f.metadata['help']} (default, of tiny: {f.default})".replace("%", "%%"))
     parser.add_argument("--out", help="folder of the run (default: runs/shapes, runs/shapes-2, ..., a new one)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--check-data", action="store_true",
@@ -98,7 +99,8 @@ def check(s: Settings) -> None:
     if s.preset not in PRESETS:
         raise InputError(f'--preset "{s.preset}": there is no such preset; use {", ".join(PRESETS)}')
     if s.stage not in ("", *EVERY):
-        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(EVERY)}, or none for all')
+        raise InputError(f'--stage "{s.stage}": there is no such stage; use {", ".join(EVERY)}, or leave the flag out '
+                         f'for the first three')
     if s.precision not in ("fp32", "bf16"):
         raise InputError(f'--precision "{s.precision}": use fp32 or bf16')
     if s.train not in ("all", "new"):

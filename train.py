@@ -14,6 +14,7 @@ random in a step is drawn from (seed, stage, step, place in the batch), so a res
 stopped, and several processes train as one does (`parallel.py`). Where a step's clips come from is in `batches.py`.
 """
 
+import argparse
 import json
 import math
 import os
@@ -104,31 +105,37 @@ def step_batches(model: MagicVideo, source: Dataset, stage: str, s: Settings, fi
         yield share(indices(len(source), size * world(), step, s.seed, EVERY.index(stage)))
 
 
-def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
-                resumed: dict | None) -> None:
-    """Trains one stage (paper §3) on `source`, `clips` or their latents; leaves the weights' average in the model.
+def prepare(model: MagicVideo, stage: str, s: Settings, resumed: dict | None) -> tuple[list, list, MovingAverage, int]:
+    """What a stage needs: the weights that it trains, their optimizers and moving average, and its first step.
 
-    Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
+    New, or as they were in `resumed`, a checkpoint.
     """
-    steps = s.steps(stage)
-    highest = s.vae_lr if stage == "vae" else s.lr
     groups = trained_parts(model, stage, s)
     parameters = [p for group in groups for p in group["params"]]
     for p in model.parameters():
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    optimizers = make_optimizers(model, groups, s.muon_lr > 0)
-    average = MovingAverage(parameters, s.ema)
     for module in model.modules():
         if isinstance(module, Level):
             module.checkpointing = s.gradient_checkpointing
-    first = 0
-    if resumed:
-        first = average.count = resumed["step"]
-        for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            optimizer.load_state_dict(state)
-        average.values = [value.to(model.device) for value in resumed["average"]]
+    optimizers, average = make_optimizers(model, groups, s.muon_lr > 0), MovingAverage(parameters, s.ema)
+    if not resumed:
+        return parameters, optimizers, average, 0
+    for optimizer, state in zip(optimizers, resumed["optimizers"]):
+        optimizer.load_state_dict(state)
+    average.count, average.values = resumed["step"], [value.to(model.device) for value in resumed["average"]]
+    return parameters, optimizers, average, resumed["step"]
+
+
+def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
+                resumed: dict | None) -> None:
+    """Trains one stage (paper §3) on `source`, `clips` or their latents; leaves the weights' average in the model.
+
+    Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
+    """
+    parameters, optimizers, average, first = prepare(model, stage, s, resumed)
+    steps, highest = s.steps(stage), s.vae_lr if stage == "vae" else s.lr
     autocast = partial(torch.autocast, model.device.type, torch.bfloat16, s.precision == "bf16", cache_enabled=False)
     together = min(s.parts, torch.get_num_threads()) if model.device.type == "cpu" and not s.compile else 1
     if stage == "image" and isinstance(source, Latents):
@@ -219,6 +226,46 @@ def report(folder: str, frames: int) -> None:
     print(f"{folder}: every clip can be decoded and has {frames} frames or more")
 
 
+def run_of(flags: argparse.Namespace, given: dict) -> tuple[Settings, Path, dict | None]:
+    """A new run or one that goes on: its settings, its folder, and the checkpoint it goes on from.
+
+    Raises InputError where a new run would write over another, and where one goes on with other settings.
+    """
+    if not (flags.resume or restarted() and (Path(flags.out or "") / "checkpoint.pt").is_file()):
+        preset = "paper" if Path(given.get("init_from") or "-").is_dir() else given.get("preset", "tiny")
+        s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
+        check(s)
+        out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
+        if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
+            raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
+        return s, out, None
+    out = Path(flags.out or "")
+    if not flags.out or not (out / "checkpoint.pt").is_file():
+        raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
+    resumed = read_checkpoint(out / "checkpoint.pt", "magicvideo-training")
+    try:
+        s = Settings(**json.loads(resumed["settings"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{out}/checkpoint.pt: of another version than this code ({error}); start anew with "
+                         f"--init-from {out}/model.pt, or use the code that wrote it") from error
+    for name, value in given.items():
+        if value != getattr(s, name):
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
+                             f"{getattr(s, name)} and goes on with it; leave the flag out")
+    return s, out, resumed
+
+
+def start_from(path: str, frames: int) -> MagicVideo:
+    """--init-from: a Stable Diffusion folder, made ready for `frames` (0 = 16), or a model.pt, which knows its own."""
+    if Path(path).is_dir():
+        return MagicVideo.from_stable_diffusion(path, frames or 16)
+    model = MagicVideo.load(path)
+    if frames not in (0, model.config.unet.frames):
+        raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames} frames, and its adaptors hold "
+                         f"one scale and shift for each (paper §3.2.1); leave it out")
+    return model
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Set-up, the stages, a last line that says where everything is."""
     flags, given = read_flags(arguments)
@@ -230,42 +277,16 @@ def main(arguments: list[str] | None = None) -> None:
     if world() > 1 and not flags.out:
         raise InputError("torchrun: add --out FOLDER, so that all processes, and a run that is restarted, find it")
 
-    # three ways to start: from a run's checkpoint, from a model, from nothing
-    resumed = None
-    if flags.resume or restarted() and (Path(flags.out or "") / "checkpoint.pt").is_file():
-        out = Path(flags.out or "")
-        if not flags.out or not (out / "checkpoint.pt").is_file():
-            raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
-        resumed = read_checkpoint(out / "checkpoint.pt", "magicvideo-training")
-        try:
-            s = Settings(**json.loads(resumed["settings"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{out}/checkpoint.pt: of another version than this code ({error}); start anew with "
-                             f"--init-from {out}/model.pt, or use the code that wrote it") from error
-        for name, value in given.items():
-            if value != getattr(s, name):
-                raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
-                                 f"{getattr(s, name)} and goes on with it; leave the flag out")
-    else:
-        preset = "paper" if Path(given.get("init_from") or "-").is_dir() else given.get("preset", "tiny")
-        s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
-        check(s)
-        out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
-        if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
-            raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
+    s, out, resumed = run_of(flags, given)
     if flags.check_data:
         return report(s.data, s.frames or PRESETS[s.preset].unet.frames)
     torch.manual_seed(s.seed)
+    # three ways to start: from a run's checkpoint, from a model, from nothing
     model = None
     if resumed:
         model = MagicVideo.from_contents(resumed.pop("model"), out / "checkpoint.pt")
     elif s.init_from:
-        folder = Path(s.init_from).is_dir()
-        model = (MagicVideo.from_stable_diffusion(s.init_from, s.frames or 16) if folder
-                 else MagicVideo.load(s.init_from))
-        if s.frames not in (0, model.config.unet.frames):
-            raise InputError(f"--frames {s.frames}: {s.init_from} makes {model.config.unet.frames} frames, and its "
-                             f"adaptors hold one scale and shift for each (paper §3.2.1); leave it out")
+        model = start_from(s.init_from, s.frames)
 
     config = model.config if model else PRESETS[s.preset]
     frames = s.frames or config.unet.frames
@@ -280,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     if s.stage in LATER:
         model.add_later(s.stage)
     elif model.config.later and not s.decoder_only:
-        say(f"{', '.join(model.config.later)}: learned with the text and latents of before; train them again after this")
+        say(f"{', '.join(model.config.later)}: learned with the text and latents of before; train them anew")
     model = model.to(device).train()
     if s.compile:
         for unet in (model.unet, model.interpolator, model.upscaler):

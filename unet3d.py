@@ -25,12 +25,12 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level; each level halves the size
-    attention: tuple[bool, ...] = (True, True, True, False)  # the levels that have spatial and temporal attention
+    attention: tuple[bool, ...] = (True, True, True, False)  # the levels with both attentions; the middle has them
     layers: int = 2  # resnets a level on the way down, one more on the way up
     heads: int = 8
     groups: int = 32  # of every GroupNorm
     context_width: int = 768  # of the text tokens
-    frames: int = 16  # the adaptors hold one scale and one shift per frame; 0 = an image model, without video parts
+    frames: int = 16  # the adaptors hold one scale and one shift per frame; 0 = an image model
     mask: str = "strict"  # of the temporal attention: "strict", "literal" or "bidirectional", see directed_attention
     noise_level: bool = False  # whether it is told how noisy the picture is that it reads beside z (super-resolution)
 
@@ -70,8 +70,10 @@ def directed_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
     still feels frame 16. "strict" (ours, default) masks before the softmax: the same weights, each row divided by its
     sum, and truly "independent of future frames" as the text promises. "bidirectional" has no mask (ours, to compare).
     """
+    # strict: A = softmax(Q K^T / sqrt(d) + log M), out = A V; bidirectional: M is one everywhere
     if mask != "literal":
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "strict")
+    # literal: A = softmax(Q K^T / sqrt(d)) * M, out = A V
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
 
@@ -101,6 +103,7 @@ class DirectedTemporalAttention(nn.Module):
         """z (b, f, c, h, w) -> what to add to z, the same shape."""
         b, f, c, h, w = z.shape
         tokens = self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)  # one sequence per pixel: its f frames
+        # (b*h*w, heads, f, c/heads) each
         q, k, v = (split_heads(to(tokens), self.heads) for to in (self.to_q, self.to_k, self.to_v))
         out = self.to_out(merge_heads(directed_attention(q, k, v, self.mask)))  # (b*h*w, f, c)
         return out.reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2)
@@ -143,6 +146,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         wave = sinusoid(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        # emb = Linear(SiLU(Linear(Sin(t)))), and in FPSEmbedding with v for t
         return self.linear_2(F.silu(self.linear_1(wave)))
 
 
@@ -174,7 +178,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, z: Tensor, emb: Tensor, adaptors: nn.ModuleList | None) -> Tensor:
-        """z (b, f, c_in, h, w), emb (b, 1 or f, 4c), an adaptor a convolution or None -> (b, f, c_out, h, w)."""
+        """z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), two adaptors or None -> (b, f, c_out, h, w)."""
         x = per_frame(self.conv1, F.silu(per_frame(self.norm1, z)))  # (b, f, c_out, h, w)
         x = adaptors[0](x) if adaptors else x
         x = x + self.time_emb_proj(F.silu(emb))[..., None, None]
@@ -322,8 +326,11 @@ class Level(nn.Module):
         return self.layer(i, *inputs)
 
     def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
-        """Resnet i and, where there is one, the ST block i (paper §3.2.2, and figure of the 3D U-Net)."""
-        z = self.resnets[i](z, emb, self.resnet_adaptors[i] if video else None)
+        """Resnet i and, where there is one, the ST block i (paper §3.2.2, and figure of the 3D U-Net).
+
+        z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), context (b, l, d) -> (b, f, c, h, w).
+        """
+        z = self.resnets[i](z, emb, self.resnet_adaptors[i] if video else None)  # (b, f, c, h, w)
         if i >= len(self.attentions):
             return z
         if not video:
@@ -366,7 +373,8 @@ class UpLevel(Level):
 
     def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            z = self.run(i, torch.cat([z, skips.pop()], dim=2), emb, context, video)
+            z = torch.cat([z, skips.pop()], dim=2)  # (b, f, c + c_skip, h, w)
+            z = self.run(i, z, emb, context, video)  # (b, f, c, h, w)
         for upsample, adaptor in zip(self.upsamplers, self.upsampler_adaptors):
             z = per_frame(upsample, z)  # (b, f, c, 2h, 2w)
             z = adaptor(z) if video else z

@@ -1,4 +1,4 @@
-"""VideoVAE (paper §3.1 and the VideoVAE decoder): Stable Diffusion's autoencoder with a decoder that sees the clip.
+"""VideoVAE (paper §3, VideoVAE): Stable Diffusion's autoencoder with a decoder that sees the clip.
 
 The encoder is the image encoder, frame by frame. The decoder gets two `DirectedTemporalAttention` layers against
 flicker, and by a switch two residual (3,1,1) convolutions. All of them start at zero, so an image VAE stays itself.
@@ -32,7 +32,8 @@ class VideoVAE(nn.Module):
     """Frames to latents an eighth of the size and back, shapes as in SD: (b, f, 3, h, w) <-> (b, f, 4, h/8, w/8).
 
     `encode` returns the raw posterior as SD's encoder does; `sample_latents` draws from it and scales by
-    `scaling_factor`; `decode` takes such scaled latents. Every GroupNorm has eps 1e-6 (matches SD; paper, VideoVAE).
+    `scaling_factor`; `decode` takes such scaled latents. Every GroupNorm has eps 1e-6 (matches SD).
+    The decoder sees the clip (paper, VideoVAE).
     """
 
     def __init__(self, config: VAEConfig):
@@ -92,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (b*f, 4, h, w) of clips of f frames -> frames (b*f, 3, 8h, 8w) (matches SD; temporal layers ours).
+    """Latents (b*f, 4, h, w) of clips of f frames -> frames (b*f, 3, 8h, 8w) (matches SD but for the temporal layers).
 
     The paper's VideoVAE puts two temporal layers into the decoder; their places are ours: after the middle block and
     after the first up block, where the maps are small.
