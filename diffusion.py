@@ -161,7 +161,7 @@ class Diffusion:
         if self.config.zero_terminal_snr:
             return [round(total - i * total / steps) - 1 for i in range(steps)]
         stride = total // steps
-        offset = 1 if (steps - 1) * stride + 1 < total else 0  # all 1000 steps: 999 .. 0, there is no step 1000
+        offset = 1 if steps < total else 0  # all 1000 steps: 999 .. 0, there is no step 1000
         return [i * stride + offset for i in reversed(range(steps))]
 
     def guided(self, model: Callable, z: Tensor, t: Tensor | int, context: Tensor, uncond: Tensor, fps: Tensor | None,
