@@ -391,6 +391,14 @@ def test_with_a_generator_each_a_clip_does_not_depend_on_its_neighbours(sampler,
         assert close(batch[i : i + 1], alone, 1e-12)
 
 
+def test_an_eta_out_of_range_and_generators_that_are_no_clips_are_refused_with_their_numbers():
+    for eta in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"^eta {eta}: give 0 to 1$"):
+            Diffusion().sample(wavy, SHAPE, CONTEXT, UNCOND, FPS, eta=eta)
+    with pytest.raises(ValueError, match="^2 generators for 4 clips"):
+        diffusion.normal((4, *SHAPE[1:]), [seeded()] * 2)
+
+
 def test_ddim_without_eta_draws_nothing_after_the_first_latents():
     generator, fresh = seeded(), seeded()
     Diffusion().sample(wavy, SHAPE, CONTEXT, UNCOND, FPS, "ddim", 5, generator=generator)
