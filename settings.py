@@ -49,7 +49,7 @@ class Settings:
     word_dropout: float = setting(0.15, "part of the words left out of the other captions, each by chance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
     gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
-    cache: int = setting(3600, "clips, cut at random, that are encoded once for all steps; 0 = encoded in every step")
+    cache: int = setting(7200, "clips, cut at random, that are encoded once for all steps; 0 = encoded in every step")
     workers: int = setting(0, "processes that read clips ahead of the steps; 0 = read between them")
     compile: bool = setting(False, "torch.compile the U-Net: minutes at first, then faster steps")
     save_every: int = setting(500, "steps between checkpoints")
