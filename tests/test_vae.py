@@ -201,3 +201,10 @@ def test_names_and_shapes_at_full_size_are_those_of_diffusers(full_size):
         theirs = diffusers_vae(VAEConfig()).state_dict()
     image = {name: weight.shape for name, weight in full_size.state_dict().items() if not is_new(name)}
     assert image == {name: weight.shape for name, weight in theirs.items()}
+
+
+def test_latents_start_almost_without_noise():
+    torch.manual_seed(0)
+    vae = VideoVAE(VAEConfig(channels=(8, 8), groups=4, layers=1))
+    _, logvar = vae.encode(torch.rand(2, 3, 3, 16, 16) * 2 - 1)
+    assert abs(logvar.mean().item() + 6) < 0.5 and logvar.max() < -4  # sigma about 0.05
