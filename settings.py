@@ -46,10 +46,10 @@ class Settings:
     thumbnail: float = setting(0.1, "weight of the VAE's term that makes three latents a thumbnail of the frame")
     latent_noise: float = setting(0.0, "of the encoder's noise, how much the U-Net trains on: 0 = means, 1 = as SD")
     text_dropout: float = setting(0.1, "part of the captions left out: the unconditional branch of guidance")
-    word_dropout: float = setting(0.15, "part of the words left out of the other captions, each by chance")
+    word_dropout: float = setting(0.0, "part of the words left out of the other captions, each by chance")
     precision: str = setting("fp32", '"fp32", or "bf16": products in bfloat16, weights and sums in float32')
     gradient_checkpointing: bool = setting(False, "keep less of the U-Net for the way back, compute it twice")
-    cache: int = setting(7200, "clips, cut at random, that are encoded once for all steps; 0 = encoded in every step")
+    cache: int = setting(3600, "clips, cut at random, that are encoded once for all steps; 0 = encoded in every step")
     workers: int = setting(0, "processes that read clips ahead of the steps; 0 = read between them")
     compile: bool = setting(False, "torch.compile the U-Net: minutes at first, then faster steps")
     save_every: int = setting(500, "steps between checkpoints")
@@ -67,12 +67,12 @@ PRESET_SETTINGS = {
     "tiny": {},
     "small": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
               "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4,
-              "word_dropout": 0.0, "ema": 0.9995, "warmup": 500,
+              "ema": 0.9995, "warmup": 500,
               "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000,
               "interpolate_steps": 50_000, "upscale_steps": 50_000},
     "paper": {"parts": 1, "cache": 0, "workers": 4, "muon_lr": 0.0, "thumbnail": 0.0, "latent_noise": 1.0,
               "new_parts_lr": 1.0, "kl_weight": 1e-4, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5,
-              "word_dropout": 0.0, "ema": 0.9999, "warmup": 1000, "precision": "bf16", "gradient_checkpointing": True,
+              "ema": 0.9999, "warmup": 1000, "precision": "bf16", "gradient_checkpointing": True,
               "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000,
               "interpolate_steps": 100_000, "upscale_steps": 100_000},
 }
