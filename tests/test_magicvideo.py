@@ -1,11 +1,13 @@
 """The whole model: from prompts to clips, and to a file and back."""
 
+import inspect
 import re
 
 import pytest
 import torch
 
 import data
+from diffusion import Diffusion
 from magicvideo import PRESETS, MagicVideo, read_checkpoint, write_checkpoint
 
 
@@ -187,3 +189,22 @@ def test_a_full_disk_leaves_the_old_file_whole_and_no_new_one(model, tmp_path, m
     with pytest.raises(data.InputError, match="model.pt.*--out"):
         model.save(path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_defaults_are_the_papers_and_stable_diffusions():
+    def defaults(function):
+        parameters = inspect.signature(function).parameters
+        return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+    asked = {"fps": 8, "steps": 50, "guidance": 7.5, "sampler": "ddim", "seed": 0, "eta": 0.0, "frames": None}
+    for function in (MagicVideo.sample, MagicVideo.sample_latents):
+        assert asked.items() <= defaults(function).items()
+    assert {"steps": 50, "guidance": 7.5, "eta": 0.0}.items() <= defaults(Diffusion.sample).items()
+    assert defaults(MagicVideo.from_stable_diffusion) == {"frames": 16}
+
+
+def test_of_many_wrong_weights_the_error_says_what_the_matter_is_in_one_line():
+    contents = MagicVideo.from_preset("tiny").contents()
+    contents["weights"] = {name: weight for name, weight in contents["weights"].items() if "adaptor" not in name}
+    with pytest.raises(data.InputError, match=r"^m.pt: its weights.*\(Error\(s\) in loading state_dict.*\); train again"):
+        MagicVideo.from_contents(contents, "m.pt")
