@@ -181,8 +181,8 @@ class Diffusion:
         without, given = both.chunk(2)
         guided = without + guidance * (given - without)
         if self.config.guidance_rescale:
-            # guided * (1 + rescale (std(given) / std(guided) - 1)): guidance makes values too large; each clip, or frame
-            # where each has a step of its own, gets back the spread of the output with text
+            # guided * (1 + rescale (std(given) / std(guided) - 1)): guidance makes values too large; each clip (frame,
+            # where each has a step of its own) gets back the spread of the output with text
             dims = tuple(range(t.ndim, z.ndim))
             spread = given.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
             guided = guided * (1 + self.config.guidance_rescale * (spread - 1))

@@ -3,7 +3,7 @@
 The encoder is the image encoder, frame by frame. The decoder gets two `DirectedTemporalAttention` layers against
 flicker, and by a switch two residual (3,1,1) convolutions. All of them start at zero, so an image VAE stays itself.
 A secondary summary of the paper speaks of "3D convolution with skip connections". Skips from encoder to decoder cannot
-exist in generation, where there is no encoder: ours are the residuals around each layer.
+exist in generation, where there is no encoder: ours are the residuals around each layer. Read `clip_text.py` next.
 """
 
 from dataclasses import dataclass

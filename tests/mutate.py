@@ -29,8 +29,8 @@ FILES = {
 # one kind of change for each thing that can be changed: the other 20 replacements of a "+" are no harder to notice
 KINDS = ("NumberReplacer", "AddNot", "Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "Pow_Mul", "FloorDiv_Mul", "Mod_Add",
          "Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "In_NotIn", "NotIn_In", "Is_IsNot", "IsNot_Is",
-         "ZeroIterationForLoop", "AndWithOr", "OrWithAnd", "TrueWithFalse", "FalseWithTrue", "Delete_USub", "Delete_Not",
-         "RemoveDecorator", "BreakWithContinue", "ContinueWithBreak", "ExceptionReplacer")
+         "ZeroIterationForLoop", "AndWithOr", "OrWithAnd", "TrueWithFalse", "FalseWithTrue", "Delete_USub",
+         "Delete_Not", "RemoveDecorator", "BreakWithContinue", "ContinueWithBreak", "ExceptionReplacer")
 
 
 def changes(folder: Path) -> list[tuple[str, str, int]]:

@@ -254,10 +254,11 @@ def test_a_later_stage_changes_its_own_network_alone(trained, key_model):
 
 
 def test_training_the_key_frames_again_says_what_must_follow(trained, capsys):
-    train.main(["--stage", "video", "--init-from", str(trained / "u/model.pt"), "--out", "k", "--video-steps", "1", *SHORT])
-    assert "interpolate, upscale: learned with the text and latents of before; train them anew" in capsys.readouterr().out
-    train.main(["--stage", "vae", "--decoder-only", "--init-from", str(trained / "u/model.pt"), "--out", "d",
-                "--vae-steps", "1", "--sample-every", "0"])
+    start = ["--init-from", str(trained / "u/model.pt")]
+    train.main(["--stage", "video", *start, "--out", "k", "--video-steps", "1", *SHORT])
+    said = capsys.readouterr().out
+    assert "interpolate, upscale: learned with the text and latents of before; train them anew" in said
+    train.main(["--stage", "vae", "--decoder-only", *start, "--out", "d", "--vae-steps", "1", "--sample-every", "0"])
     assert "learned with" not in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Short versions of the scripts that kill trainings and damage files; docs/measurements.md has the numbers of the long ones."""
+"""Short versions of the scripts that kill trainings and damage files (the long ones: docs/measurements.md)."""
 
 import os
 import subprocess
