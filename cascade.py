@@ -1,173 +1,234 @@
-"""What follows the key frames (paper §3): interpolation, 16 -> 61 frames, and super-resolution, 256 -> 1024 pixels.
+"""After the key frames (paper §3): interpolation, 16 -> 61 frames, and super-resolution, 256 -> 1024
+pixels. Both are the U-Net of `unet3d.py` under diffusion again, with a concatenated condition:
 
-Both are the U-Net of `unet3d.py` under the diffusion of `diffusion.py` again, with other inputs:
+    Interpolator   three noisy latents, and beside each the latents of the adjacent key frames
+    Upscaler       in pixels: a noisy residual, and beside it the bicubic upsampling of the small
+    frame
 
-    interpolation       three noisy latents, and on the channels beside each the latents of the key frames around them
-    super-resolution    in pixels: the noisy difference of a frame and its enlarged small copy; beside it that copy
-
-The paper says that they exist, and little more; what is "ours" here is said so. Read `train.py` next: how all learn.
+The paper says that they exist, and little more: sizes, inputs and losses are ours. Both begin
+sampling at pure noise and predict v (`tiny.VDiffusion`), since they sample in a few steps. Read
+`train.py` next.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion import Diffusion, DiffusionConfig, normal
-from unet3d import FrameAdaptor, UNet3D, UNetConfig
+from diffusion import seeded_randn
+from magicvideo import MagicVideo
+from tiny import VDiffusion
+from unet3d import FrameAdaptor, TimestepEmbedding, UNet3D, UNetConfig
 
-BETWEEN = 3  # new frames between two key frames: 16 -> 61 (ours: as many as the authors' long demo shows)
-FACTOR = 4  # by which super-resolution enlarges height and width (paper: 256 -> 1024)
+CASCADE_STAGES = ("interpolate", "upscale")
 
 
-def beside(unet: UNet3D, seen: Tensor, level: Tensor | None = None) -> Callable:
-    """`unet` as a network of z alone, that reads `seen` (b, f, c', h, w) on the channels beside z (b, f, c, h, w)."""
-    def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None) -> Tensor:
-        return unet(torch.cat([z, seen.to(z)], dim=2), t, context, fps, level)
+def build(model: MagicVideo, stage: str) -> nn.Module:
+    """Build the network of a cascade stage, with the weights saved in `model` if there are any."""
+    network = Interpolator(model) if stage == "interpolate" else Upscaler(model)
+    if stage in model.cascade:
+        network.load_state_dict(model.cascade[stage])
+    return network.to(model.device).eval()
+
+
+def with_condition(unet: UNet3D, condition: Tensor) -> Callable:
+    """Make a network of z (b, f, c, h, w) that reads `condition` (b, f, c', h, w) as more channels."""
+    def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor) -> Tensor:
+        return unet(torch.cat([z, condition.to(z)], dim=2), t, context, fps)
     return network
 
 
-def later_diffusion(config: DiffusionConfig) -> Diffusion:
-    """The key frames' diffusion for what follows them: all frames equally noisy."""
-    return Diffusion(replace(config, frame_lag=0))
+# --------------------------------------------------------------------------------------------------
+# Interpolation: f key frames -> 4 f - 3 frames
+
+NEW_FRAMES = 3  # between two key frames: 16 -> 61, as many as the authors' long demo shows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Interpolation: F key frames -> 4 F - 3
+def adjacent_key_frames(keys: Tensor) -> Tensor:
+    """List the two key frames around each gap, for each new frame: keys (b, f, c, h, w) -> condition.
 
-
-def interpolation_config(unet: UNetConfig) -> UNetConfig:
-    """Sizes of the interpolation network from those of the key frames': three frames, three times the channels in.
-
-    Its mask is "bidirectional": frames in between have a frame after them (ours).
-    """
-    return replace(unet, in_channels=3 * unet.in_channels, frames=BETWEEN, mask="bidirectional")
-
-
-@torch.no_grad()
-def start_interpolation(unet: UNet3D) -> UNet3D:
-    """The interpolation network, started from the key frames': the same weights, new inputs zero (paper §3; ours).
-
-    An adaptor's three scales and shifts are each the mean of those of all key frames.
-    """
-    network = UNet3D(interpolation_config(unet.config)).to(unet.conv_in.weight)
-    weights = unet.state_dict()
-    for name, module in network.named_modules():
-        if isinstance(module, FrameAdaptor):
-            for kind in ("scale", "shift"):
-                of_keys = weights[f"{name}.{kind}"]  # (f, c)
-                weights[f"{name}.{kind}"] = of_keys.mean(0, keepdim=True).repeat(BETWEEN, 1)
-    known = weights["conv_in.weight"]  # (c, 4, 3, 3)
-    weights["conv_in.weight"] = torch.cat([known, torch.zeros_like(known).repeat(1, 2, 1, 1)], dim=1)
-    network.load_state_dict(weights)
-    return network
-
-
-def around(keys: Tensor) -> Tensor:
-    """Key latents (b, f, c, h, w) -> what each frame in between reads, the keys before and after it: one row a gap.
-
-    (b (f-1), 3, 2c, h, w), gaps of one clip behind each other.
+    (b (f-1), 3, 2c, h, w); the gaps of a clip are consecutive rows.
     """
     pairs = torch.cat([keys[:, :-1], keys[:, 1:]], dim=2).flatten(0, 1)  # (b (f-1), 2c, h, w)
-    return pairs[:, None].expand(-1, BETWEEN, -1, -1, -1)
+    return pairs[:, None].expand(-1, NEW_FRAMES, -1, -1, -1)
 
 
-@torch.no_grad()
-def interpolate(unet: UNet3D, diffusion: Diffusion, keys: Tensor, context: Tensor, fps: Tensor, steps: int = 20,
-                generators: list[torch.Generator] | None = None,
-                progress: Callable = lambda steps: steps) -> Tensor:
-    """Key latents (b, f, c, h, w) at `fps` (b,) a second -> (b, 4f-3, c, h, w) at four times the rate (paper §3).
+class Interpolator(nn.Module):
+    """Latent diffusion of the frames between two key frames (paper §3, interpolation).
 
-    All gaps of all clips are one batch; key frames stay what they are, bit for bit, at 0, 4, 8 ... Text (context
-    (b, l, d)) and FPS are the key frames'; there is no guidance, since two frames say more than a caption (ours).
-    Raises ValueError for a single key frame.
+    Started from the key frames' U-Net: the same weights, new input weights zero, each adaptor the
+    mean over the key frames. No mask, since frames between have a frame after them (all ours).
     """
-    b, f, c, h, w = keys.shape
-    if f < 2:
-        raise ValueError("one key frame: there is nothing to interpolate between, give two or more")
-    gaps = f - 1
-    of_gaps = [x.repeat_interleave(gaps, 0) for x in (context, fps)]
-    repeated = [g for g in generators for _ in range(gaps)] if generators else None
-    between = diffusion.sample(beside(unet, around(keys)), (b * gaps, BETWEEN, c, h, w), of_gaps[0], of_gaps[0],
-                               of_gaps[1], "ddim", steps, 1.0, generator=repeated, progress=progress)
-    rows = torch.cat([keys[:, :-1, None], between.unflatten(0, (b, gaps))], dim=2)  # (b, f-1, 4, c, h, w)
-    return torch.cat([rows.flatten(1, 2), keys[:, -1:]], dim=1)  # (b, 4f-3, c, h, w)
+
+    def __init__(self, model: MagicVideo):
+        super().__init__()
+        config = model.config.unet
+        self.diffusion = VDiffusion(model.config.diffusion)
+        self.unet = UNet3D(replace(config, in_channels=3 * config.in_channels, frames=NEW_FRAMES,
+                                   mask="bidirectional"))
+        weights = {name: p.detach().cpu() for name, p in model.unet.state_dict().items()}
+        for name, module in self.unet.named_modules():
+            if isinstance(module, FrameAdaptor):
+                for kind in ("scale", "shift"):
+                    mean = weights[f"{name}.{kind}"].mean(0, keepdim=True)  # (1, c)
+                    weights[f"{name}.{kind}"] = mean.repeat(NEW_FRAMES, 1)
+        conv_in = weights["conv_in.weight"]  # (c, 4, 3, 3)
+        zeros = torch.zeros_like(conv_in)
+        weights["conv_in.weight"] = torch.cat([conv_in, zeros, zeros], dim=1)
+        self.unet.load_state_dict(weights)
+
+    def loss(self, z0: Tensor, context: Tensor, fps: Tensor, t: Tensor, random: Callable) -> Tensor:
+        """Return the diffusion loss of the frames between, (b,); `random` is train.py's.
+
+        z0 (b, 5, 4, h, w) are five frames in a row, the first and last of them key frames, at `fps`
+        (b,) a second. The network is told the key frames' rate (ours).
+        """
+        network = with_condition(self.unet, adjacent_key_frames(z0[:, [0, -1]]))
+        z0 = z0[:, 1:-1]
+        eps = random(torch.randn, *z0.shape[1:]).to(z0)
+        return self.diffusion.loss(network, z0, context, fps / (NEW_FRAMES + 1), t, eps)
+
+    def preview(self, model: MagicVideo, videos: Tensor, captions: list[str], fps: float) -> list:
+        """Return rows for a picture of progress: five frames each, and with the new frames sampled."""
+        keys = model.encode(videos[:, [0, -1]])
+        z = self.sample(keys, model.encode_text(captions), fps / (NEW_FRAMES + 1))
+        return [videos, model.decode(z)]
+
+    @torch.no_grad()
+    def sample(self, keys: Tensor, context: Tensor, fps: float, steps: int = 20,
+               seed: int = 0) -> Tensor:
+        """Sample the frames between: keys (b, f, 4, h, w) at `fps` -> (b, 4f-3, 4, h, w) at 4 fps.
+
+        Key frames stay what they are, bit for bit, at 0, 4, 8 ... context (b, l, d) is the text; no
+        guidance, since two frames say more than a caption (ours). Raises ValueError for one frame.
+        """
+        b, f, c, h, w = keys.shape
+        if f < 2 or len(context) != b:
+            raise ValueError(f"{f} key frames, {len(context)} texts for {b} clips: give two key "
+                             f"frames or more, and a text for each clip")
+        gaps = f - 1
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
+        generators = [generator for generator in generators for _ in range(gaps)]
+        context = context.repeat_interleave(gaps, 0)
+        rate = torch.full((b * gaps,), float(fps), device=keys.device)
+        network = with_condition(self.unet, adjacent_key_frames(keys))
+        new = self.diffusion.sample(network, (b * gaps, NEW_FRAMES, c, h, w), context, context, rate,
+                                    "ddim", steps, guidance=1.0, generator=generators)
+        rows = torch.cat([keys[:, :-1, None], new.unflatten(0, (b, gaps))], dim=2)
+        return torch.cat([rows.flatten(1, 2), keys[:, -1:]], dim=1)  # (b, 4f-3, c, h, w)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Super-resolution: (h, w) -> (4h, 4w), frame by frame
 
-NOISE_LEVELS = 20  # steps of the schedule to which small frames are noised in training, at most (ours)
-NOISE_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one (ours)
-GAIN = 8  # z_0 = GAIN * (frame - enlarge(noised small frame)): what is missing, made about as large as noise (ours)
+SCALE = 4  # of height and width (paper: 256 -> 1024)
+CHANNELS = {"tiny": (16, 32, 64), "small": (32, 64, 128, 256), "paper": (64, 128, 256, 512)}
+MAX_AUG_LEVEL = 20  # timesteps of noise on the small frame in training, at most
+SAMPLE_AUG_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one
+RESIDUAL_SCALE = 8  # z_0 = RESIDUAL_SCALE * (frame - bicubic): about as large as noise
 
 
-def shrink(frames: Tensor) -> Tensor:
-    """Frames (b, f, 3, 4h, 4w) -> (b, f, 3, h, w): what a true frame looks like when it is small."""
-    return F.avg_pool2d(frames.flatten(0, 1), FACTOR).unflatten(0, frames.shape[:2])
+def downsample(frames: Tensor) -> Tensor:
+    """Average 4 x 4 pixels: frames (b, f, 3, 4h, 4w) -> (b, f, 3, h, w)."""
+    return F.avg_pool2d(frames.flatten(0, 1), SCALE).unflatten(0, frames.shape[:2])
 
 
-def enlarge(frames: Tensor) -> Tensor:
-    """Frames (b, f, 3, h, w) -> (b, f, 3, 4h, 4w), bicubic: what super-resolution starts from and is measured by."""
-    large = F.interpolate(frames.flatten(0, 1), scale_factor=float(FACTOR), mode="bicubic")
+def upsample_bicubic(frames: Tensor) -> Tensor:
+    """Enlarge without a network: frames (b, f, 3, h, w) -> (b, f, 3, 4h, 4w)."""
+    large = F.interpolate(frames.flatten(0, 1), scale_factor=float(SCALE), mode="bicubic")
     return large.unflatten(0, frames.shape[:2])
 
 
-def noised(small: Tensor, level: Tensor, diffusion: Diffusion, generators: list[torch.Generator]) -> Tensor:
-    """Noise augmentation: small frames (b, f, 3, h, w), to step `level` (b,) of the schedule.
+class UpscaleUNet(UNet3D):
+    """An image U-Net that is told the noise level of its low-resolution condition (Ho et al. 2021)."""
 
-    So the network does not trust every speck of the small frame, which is a decoder's and no camera's (Ho et al. 2021).
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        self.level_embedding = TimestepEmbedding(config.channels[0])
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, level: Tensor) -> Tensor:
+        """z (b, f, 6, h, w), t and level (b,), context (b, l, d) -> v_hat (b, f, 3, h, w)."""
+        emb = self.time_embedding(t) + self.level_embedding(level)  # (b, 4c)
+        return self.layers(z, emb[:, None], context, video=False)
+
+
+class Upscaler(nn.Module):
+    """Diffusion in pixels that adds what bicubic upsampling lacks, frame by frame (paper §3).
+
+    The network predicts the residual of the frame and its bicubic upsampling (as SRDiff, Li et al.
+    2021). In training noise is added to the small frame, so that the network does not rely on every
+    detail of it: in sampling it comes from our decoder, not from real data.
     """
-    return diffusion.add_noise(small, normal(small.shape, generators).to(small), level)
 
+    def __init__(self, model: MagicVideo):
+        super().__init__()
+        channels = CHANNELS[model.config.preset]
+        self.diffusion = VDiffusion(model.config.diffusion)
+        self.unet = UpscaleUNet(replace(
+            model.config.unet, in_channels=6, out_channels=3, channels=channels,
+            attention=(False,) * len(channels), frames=0))
 
-@torch.no_grad()
-def upscale(unet: UNet3D, diffusion: Diffusion, video: Tensor, context: Tensor, steps: int = 4, seed: int = 0,
-            same_noise: bool = False, tile: int = 0, progress: Callable = lambda steps: steps) -> Tensor:
-    """A clip (f, 3, h, w) in [-1, 1] -> (f, 3, 4h, 4w), every frame by itself (paper §3).
+    def loss(self, frames: Tensor, context: Tensor, fps: Tensor, t: Tensor,
+             random: Callable) -> Tensor:
+        """Return the diffusion loss of crops of frames (b, 1, 3, 4h, 4w), (b,), without fps.
 
-    `context` (1, l, d) is the text; there is no guidance. With `same_noise` all frames start from the same noise, so
-    that what is made up does not flicker; with `tile` the network sees squares of so many large pixels at a time.
-    """
-    f, _, h, w = video.shape
-    generators = [torch.Generator().manual_seed(seed if same_noise else seed * 1_000_003 + i) for i in range(f)]
-    level = torch.tensor([NOISE_LEVEL])
-    small = noised(video[:, None], level.expand(f), diffusion, generators)  # (f, 1, 3, h, w)
-    seen, level = enlarge(small), level.to(video.device)
+        Crops have 1/4 of the side; `random` is train.py's.
+        """
+        side = frames.shape[-1] // SCALE
+        eps = random(torch.randn, 1, 3, side, side).to(frames)
+        noise = random(torch.randn, 1, 3, side, side).to(frames)
+        level = random(partial(torch.randint, MAX_AUG_LEVEL))  # (b,)
+        corners = random(partial(torch.randint, frames.shape[-1] - side + 1), 2)  # (b, 2)
+        low = upsample_bicubic(self.diffusion.add_noise(downsample(frames), noise, level))
+        crops = []
+        for pair, (top, left) in zip(torch.cat([frames, low], dim=2), corners.tolist()):
+            crops.append(pair[..., top : top + side, left : left + side])
+        frames, low = torch.stack(crops).chunk(2, dim=2)  # (b, 1, 3, h, w) each
+        network = with_condition(self.unet, low)
+        z0 = RESIDUAL_SCALE * (frames - low)
+        return self.diffusion.loss(network, z0, context, level.to(z0.device), t, eps)
 
-    def network(z: Tensor, t: Tensor, context: Tensor, _: None) -> Tensor:
-        frames = []
-        for i in range(f):  # one after the other: each is as large as many crops
-            both = torch.cat([z[i : i + 1], seen[i : i + 1]], dim=2)  # (1, 1, 6, 4h, 4w)
-            frames.append(tiled(lambda part: unet(part, t[i : i + 1], context[i : i + 1], None, level), both, tile))
-        return torch.cat(frames)
+    def preview(self, model: MagicVideo, videos: Tensor, captions: list[str], fps: float) -> list:
+        """Return rows for a picture of progress: a frame bicubic, as sampled, as it is."""
+        small = downsample(videos)
+        large = self.sample(small, model.encode_text(captions))
+        return [torch.cat([upsample_bicubic(small), large, videos], dim=1)]
 
-    text = context.expand(f, -1, -1)
-    clip = diffusion.sample(network, seen.shape, text, text, None, "ddim", steps, 1.0, generator=generators,
-                            progress=progress)
-    # frame = enlarge(noised small frame) + z_0 / GAIN
-    return (seen + clip / GAIN)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)
+    @torch.no_grad()
+    def sample(self, videos: Tensor, context: Tensor, steps: int = 4, seed: int = 0) -> Tensor:
+        """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d).
 
+        Raises ValueError where there is not a text for each clip.
+        """
+        if len(context) != len(videos):
+            raise ValueError(f"{len(context)} texts for {len(videos)} clips: give one for each")
+        clips = [self.sample_clip(video, text, steps, seed + i)
+                 for i, (video, text) in enumerate(zip(videos, context))]
+        return torch.stack(clips)
 
-def tiled(run: Callable, x: Tensor, tile: int) -> Tensor:
-    """run(x) for x (b, f, c, h, w), in squares of `tile` that overlap by half, faded into each other; 0 = at once."""
-    h, w = x.shape[-2:]
-    if not tile or tile >= max(h, w):
-        return run(x)
-    total, weights = 0, torch.zeros(h, w).to(x)
-    for top in starts(h, tile):
-        for left in starts(w, tile):
-            place = (..., slice(top, top + tile), slice(left, left + tile))
-            part = run(x[place])
-            fade = [1 - (2 * torch.arange(n) + 1 - n).abs() / (n + 1) for n in part.shape[-2:]]  # 0 .. 1 .. 0
-            fade = torch.outer(*fade).to(x)
-            total = total + F.pad(fade * part, (left, w - left - part.shape[-1], top, h - top - part.shape[-2]))
-            weights[place] += fade
-    return total / weights
+    def sample_clip(self, video: Tensor, text: Tensor, steps: int, seed: int) -> Tensor:
+        """Enlarge one clip (f, 3, h, w) with text (l, d); every frame has noise of its own."""
+        f = len(video)
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(f)]
+        frames = video[:, None]  # (f, 1, 3, h, w): each frame is a clip of one
+        level = torch.full((f,), SAMPLE_AUG_LEVEL)
+        noise = seeded_randn(frames.shape, generators).to(frames)
+        low = upsample_bicubic(self.diffusion.add_noise(frames, noise, level))
+        level = level.to(video.device)
 
+        def network(z: Tensor, t: Tensor, context: Tensor, fps: None) -> Tensor:
+            outputs = []
+            for i in range(f):  # one after the other: each is as large as many crops
+                z_i = torch.cat([z[i : i + 1], low[i : i + 1]], dim=2)  # (1, 1, 6, 4h, 4w)
+                outputs.append(self.unet(z_i, t[i : i + 1], context[i : i + 1], level[i : i + 1]))
+            return torch.cat(outputs)
 
-def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin that cover a length and overlap by half."""
-    return sorted({*range(0, max(length - tile, 0), tile // 2), max(length - tile, 0)})
+        context = text.expand(f, -1, -1)
+        z = self.diffusion.sample(network, low.shape, context, context, None, "ddim", steps,
+                                  guidance=1.0, generator=generators)
+        # frame = bicubic(noisy small frame) + z_0 / RESIDUAL_SCALE
+        return (low + z / RESIDUAL_SCALE)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)

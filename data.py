@@ -1,15 +1,21 @@
-"""The two data sets: embedded shapes, and folders of clips (`clip_files.py` reads and writes the files).
+"""The two data sets: embedded shapes, drawn when asked for, and folders of clips, decoded once.
 
-One function, `sample_frames`, cuts both data sets (paper §3.2, FPS): a random part of a video, frames uniformly in it,
-and how many of them make a second. Videos are (f, 3, h, w), pixels in [-1, 1]. Read next: `vae.py`, where clips go.
+One function, `sample_frames`, cuts both (paper §3.2, FPS): a random part of a video, frames
+uniformly in it, and how many of them make a second. Videos are (f, 3, h, w), pixels in [-1, 1].
+Read next: `train.py`, which trains on them.
 """
 
+import copy
 import csv
+import hashlib
 import io
 import json
 import math
 import os
-import time
+import re
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,56 +23,56 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_files import (ANIMATIONS, VIDEOS, InputError, check_clip_path, expand, grid, natural,  # noqa: F401
-                        read_clip, read_pictures, scan, strip, to_uint8, write_clip, write_image)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames and FPS: how both data sets cut a video (paper §3.2)
+class InputError(ValueError):
+    """A mistake of the user's: one line that names the file or flag and the remedy (ours)."""
 
 
-def sample_frames(total: int, rate: float, frames: int, rng: np.random.Generator, fps: float | None = None):
-    """A random part of a video and `frames` frames uniformly in it -> (their indices (frames,), v = their rate).
+# --------------------------------------------------------------------------------------------------
+# Frames and FPS (paper §3.2)
 
-    A video of `total` frames, `rate` a second, is cut at every stride-th frame: v = rate / stride frames a second. The
-    stride is uniform among those of 1 .. 6 that fit, or, given `fps`, the one nearest to rate / fps that fits; then the
-    start is uniform. Raises InputError if total < frames. Source: paper §3.2, FPS (a random part, uniform frames, v);
-    that the stride is an integer, and at most 6, is ours.
+
+def sample_frames(total: int, rate: float, frames: int, rng: np.random.Generator,
+                  fps: float | None = None) -> tuple[np.ndarray, float]:
+    """Cut a video at random -> the indices (frames,) of its frames, v = their frames per second.
+
+    Of a video of `total` frames at `rate` a second every stride-th is taken, so v = rate / stride.
+    The stride is uniform among those of 1 .. 6 that fit, or, given `fps`, the one nearest to rate /
+    fps that fits; then the start is uniform. Raises InputError if total < frames. Source: paper
+    §3.2, FPS (a random part, uniform frames, v); that the stride is whole, and at most 6 unless
+    asked, is ours.
     """
     if total < frames:
-        raise InputError(f"--frames {frames}: the video has {total}; use a longer video or --frames {total}")
+        raise InputError(f"{total} frames of {frames}: use a longer video or fewer --frames")
     longest = (total - 1) // (frames - 1) if frames > 1 else 6
-    stride = int(rng.integers(min(longest, 6)) + 1) if fps is None else min(max(round(rate / fps), 1), longest)
+    if fps is None:
+        stride = int(rng.integers(min(longest, 6))) + 1
+    else:
+        stride = min(max(round(rate / fps), 1), longest)
     start = rng.integers(total - (frames - 1) * stride)
     return start + stride * np.arange(frames), float(rate / stride)
 
 
-class _Clips(torch.utils.data.Dataset):
-    """What both data sets share: the settings and their checks, the epoch, the random numbers of an item."""
+class ClipDataset(torch.utils.data.Dataset):
+    """What both data sets share: [i] -> {"video", "caption", "fps"}, random by (seed, i, epoch)."""
 
     def __init__(self, frames: int, size: int, seed: int, fps: float | None):
-        for flag, value, least in (("--frames", frames, 1), ("--size", size, 8)):
-            if value < least:
-                raise InputError(f"{flag} {value}: choose {least} or more")
-        if fps is not None and not fps > 0:
-            raise InputError(f"--fps {fps}: choose a number above 0")
-        self.frames, self.size, self.seed, self.fps, self.epoch = frames, size, seed, fps, 0
+        self.frames = frames
+        self.size = size
+        self.seed = seed
+        self.fps = fps
+        self.epoch = 0
 
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int):
-        """Draws every item anew, as torch's DistributedSampler has it: call it before iterating a loader."""
+    def set_epoch(self, epoch: int) -> None:
+        """Draw every item anew, as torch's DistributedSampler has it."""
         self.epoch = epoch
 
-    def identity(self) -> str:
-        """All that the items depend on, for caches of what is made of them."""
-        return f"{type(self).__name__} {self.frames} {self.size} {self.seed} {self.fps} {len(self)}"
-
-    def _rng(self, *item: int) -> np.random.Generator:
+    def rng(self, *item: int) -> np.random.Generator:
+        """Make the generator of an item."""
         return np.random.default_rng([self.seed % 2**32, self.epoch, *item])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The embedded data set: one object on a dark plain background
 
 COLORS = {
@@ -79,80 +85,91 @@ BACKGROUND = 0.06  # gray, in [0, 1] as COLORS are
 
 
 def shape_captions(split: str) -> list[str]:
-    """The captions "a {color} {shape} {motion}" of a split: 120 for "train", 24 for "test" (ours).
+    """List the captions "a {color} {shape} {motion}": 120 of split "train", 24 of "test" (ours).
 
-    Those of "test" are spread over every word: each (color, shape) pair once, each motion 4 times. They are never
-    trained on: following them shows that words, not sentences, were learned. Raises InputError for another split.
+    Those of "test" are never trained on and spread over every word: each (color, shape) pair once,
+    each motion 4 times. Raises ValueError for another split.
     """
     if split not in ("train", "test"):
-        raise InputError(f"split {split!r}: choose 'train' or 'test'")
-    return [
-        f"a {color} {shape} {motion}"
-        for c, color in enumerate(COLORS)
-        for s, shape in enumerate(SHAPES)
-        for m, motion in enumerate(MOTIONS)
-        if (m == (c + 2 * s) % 6) == (split == "test")
-    ]
+        raise ValueError(f'split "{split}": use "train" or "test"')
+    captions = []
+    for c, color in enumerate(COLORS):
+        for s, shape in enumerate(SHAPES):
+            for m, motion in enumerate(MOTIONS):
+                held_out = m == (c + 2 * s) % 6
+                if held_out == (split == "test"):
+                    captions.append(f"a {color} {shape} {motion}")
+    return captions
 
 
-class ShapesDataset(_Clips):
+class ShapesDataset(ClipDataset):
     """Clips of one object that moves, grows or shrinks, drawn when asked for (ours).
 
-    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}. Item i has caption i modulo their number
-    and depends on (seed, split, i, epoch) alone. The source video has 24 frames a second and lasts as long as the
-    object's way: enough for 8 a second, and for 4 if it is slow. At 8 a second, 8 frames show an object travel at
-    least 0.3 of the frame, or double or halve its area; for more `frames`, what would leave the frame is slowed.
-    With `between` there are so many frames more between two of these: the same clips at a higher rate.
-    Raises IndexError past the end, InputError for an impossible setting.
+    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}; item i has caption i
+    modulo their number. The source video has 24 frames a second and lasts while the object is
+    inside. At 8 a second 8 frames show it travel at least 0.3 of the frame, or double or halve its
+    area; for more `frames` it is slower. `rate_multiplier` 4 is the same clips at 96 frames a
+    second.
     """
 
-    def __init__(self, split="train", frames=8, size=64, seed=0, fps: float | None = None, length=4800,
-                 between=0):
+    def __init__(self, split: str = "train", frames: int = 8, size: int = 64, seed: int = 0,
+                 fps: float | None = None, length: int = 4800, rate_multiplier: int = 1):
         super().__init__(frames, size, seed, fps)
-        self.captions, self.split, self.length = shape_captions(split), split, length
-        self.rate = 24 * (between + 1)  # frames a second
+        self.captions = shape_captions(split)
+        self.split = split
+        self.length = length
+        self.rate = 24 * rate_multiplier
 
-    def identity(self) -> str:
-        return f"{super().identity()} {self.split} {self.rate}"
+    def __len__(self) -> int:
+        return self.length
 
     def __getitem__(self, i: int) -> dict:
         i = range(self.length)[i]
         caption = self.captions[i % len(self.captions)]
         _, color, shape, motion = caption.split(" ", 3)
-        rng = self._rng(i, self.split == "test")
+        rng = self.rng(i, self.split == "test")
 
-        # The way is as long as the frame allows: in frame widths, or, of a resizing object, in powers of e of its side.
-        # The speed, in the same units a second, is constant: fast enough to be seen, slow enough for all frames to fit.
-        edge, side, small, large = 0.025, rng.uniform(0.20, 0.36), rng.uniform(0.15, 0.20), rng.uniform(0.42, 0.55)
+        # The distance is as long as the frame allows: in frame widths, or, of a resizing object, in
+        # powers of e of its side. The speed, in the same units a second, is constant: fast enough
+        # to be seen, slow enough for all frames to fit.
+        margin = 0.025
+        side = rng.uniform(0.20, 0.36)
+        small = rng.uniform(0.15, 0.20)
+        large = rng.uniform(0.42, 0.55)
         resizing = motion in ("growing", "shrinking")
-        way, slowest = (math.log(large / small), 0.42) if resizing else (1 - 2 * edge - side, 0.36)
-        fastest = way / (max((self.frames - 1) * 24 / self.rate, 7) / 8)
+        distance, slowest = 1 - 2 * margin - side, 0.36
+        if resizing:
+            distance, slowest = math.log(large / small), 0.42
+        fastest = distance / (max((self.frames - 1) * 24 / self.rate, 7) / 8)
         speed = rng.uniform(min(slowest, fastest), fastest)
-        total = int(way / speed * self.rate + 1e-6) + 1
+        total = int(distance / speed * self.rate + 1e-6) + 1
         indices, fps = sample_frames(total, self.rate, self.frames, rng, self.fps)
 
-        # Left, up and shrinking are right, down and growing played backwards.
-        backwards = motion in ("moving left", "moving up", "shrinking")
-        done = (total - 1 - indices if backwards else indices) * speed / self.rate             # (f,)
-        room = edge + (large if resizing else side) / 2
-        x, y = rng.uniform(room, 1 - room, size=2)
-        x = room + done if motion in ("moving left", "moving right") else x + 0 * done         # (f,)
-        y = room + done if motion in ("moving up", "moving down") else y + 0 * done            # (f,)
-        sides = small * np.exp(done) if resizing else side + 0 * done                          # (f,)
-        covered = _coverage(shape, self.size, *(np.float32(v * self.size) for v in (x, y, sides)))
-        color = np.float32(COLORS[color])[:, None, None] - np.float32(BACKGROUND)              # (3, 1, 1)
-        video = (2 * BACKGROUND - 1) + 2 * color * covered[:, None]                            # (f, 3, h, w)
+        # left, up and shrinking are right, down and growing played backwards
+        if motion in ("moving left", "moving up", "shrinking"):
+            indices = total - 1 - indices
+        done = indices * speed / self.rate  # (f,), of the distance
+        margin = margin + (large if resizing else side) / 2
+        x, y = rng.uniform(margin, 1 - margin, size=2)
+        x = margin + done if motion in ("moving left", "moving right") else x + 0 * done
+        y = margin + done if motion in ("moving up", "moving down") else y + 0 * done
+        sides = small * np.exp(done) if resizing else side + 0 * done
+        x, y, sides = (np.float32(value * self.size) for value in (x, y, sides))  # in pixels
+        coverage = draw_shape(shape, self.size, x, y, sides)
+        contrast = np.float32(COLORS[color])[:, None, None] - np.float32(BACKGROUND)  # (3, 1, 1)
+        video = (2 * BACKGROUND - 1) + 2 * contrast * coverage[:, None]  # (f, 3, h, w)
         return {"video": torch.from_numpy(video), "caption": caption, "fps": fps}
 
 
-def _coverage(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """How much of each pixel the object covers (f, h, w): its centres x, y and sides (f,) are in pixels."""
+def draw_shape(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """Return how much of each pixel an object covers, (f, h, w); x, y, side (f,) in pixels."""
     pixels = np.arange(size, dtype=np.float32) + 0.5
-    x = pixels - x[:, None, None]                                                              # (f, 1, w)
-    y = pixels[:, None] - y[:, None, None]                                                     # (f, h, 1)
+    x = pixels - x[:, None, None]  # (f, 1, w)
+    y = pixels[:, None] - y[:, None, None]  # (f, h, 1)
     half = side[:, None, None] / 2
 
-    def inside(distance):  # to an edge, in pixels, negative within: anti-aliased over one pixel
+    def inside(distance: np.ndarray) -> np.ndarray:
+        """Anti-alias over one pixel: the distance to an edge, negative inside."""
         return np.clip(0.5 - distance, 0, 1)
 
     if shape == "circle":
@@ -163,131 +180,113 @@ def _coverage(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndar
     return left * right * inside(y - half)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders of clips, and reading one
+# --------------------------------------------------------------------------------------------------
+# Folders of clips
 
-SCAN_SECONDS = 10  # how long a start may take to decode clips, where it can do with headers
+ANIMATIONS = (".gif", ".webp", ".png")  # read by Pillow
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # read by av
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
+FOLDER_FPS = 8  # of such a clip, which says none: the default of sampling
+MAX_PIXELS = 2**25  # of a frame, one of 8K video; a file of a few bytes can claim any number
+MAX_FRAMES = 1000  # of a clip: what comes later in a longer one is not used
 
 
-class ClipFolder(_Clips):
-    """Clips of a folder (ours): [i] -> {"video": (f, 3, size, size) in [-1, 1], "caption": str, "fps": float}.
+class ClipFolder(ClipDataset):
+    """Clips of a folder (ours): [i] -> {"video": (f, 3, size, size), "caption": str, "fps": float}.
 
-    A clip is NAME.gif, .webp, .png (animated), .mp4, .mov, .mkv, .webm, .avi, or a folder NAME of images, its frames in
-    natural order (2 before 10) at 8 a second. Captions come from metadata.jsonl or metadata.csv with file_name and
-    text; else from NAME.txt; else they are "", which trains the unconditional branch. Bytes that are not UTF-8 become
-    U+FFFD. The centre square is resized. Names that start with "." are skipped. Item i depends on (seed, i, epoch).
+    A clip is NAME.gif, .webp, .png (animated), .mp4, .mov, .mkv, .webm, .avi, or a folder NAME of
+    images in natural order (2 before 10) at 8 a second. Captions come from metadata.jsonl or
+    metadata.csv with file_name and text; else from NAME.txt; else they are "", which trains the
+    unconditional branch. Names that start with "." are skipped. The centre square is resized.
 
-    The constructor decodes clips to their ends, for SCAN_SECONDS at most, and reads headers alone of videos and folders
-    of images after that (`summary` says of how many). It raises InputError for a clip that is unreadable, cut off or
-    shorter than `frames`, for a caption of a missing clip, and for a folder without clips; so does [i] for what headers
-    did not tell. IndexError past the end.
+    Every clip is decoded once, to `store`, a folder that later runs on the same files reuse, or to
+    a temporary file. Raises InputError that names every clip that is unreadable, cut off or shorter
+    than `frames`, a caption of a missing clip, and a folder without clips.
     """
 
-    def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0, fps: float | None = None):
+    def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0,
+                 fps: float | None = None, store: str | Path | None = None):
         super().__init__(frames, size, seed, fps)
-        self.path, self.clips = Path(path), find_clips(path)
-        self.captions, self.length = _read_captions(self.path, self.clips), len(self.clips)
-        # Frame j of clip k is the stored picture sources[k][j]; rates[k] frames make a second. Of videos times[k][i] is
-        # when picture i is shown.
-        self.sources, self.rates, self.times, self.sizes, self.decoded = [], [], [], set(), 0
-        started = time.monotonic()
-        for clip in tqdm(self.clips, desc=f"reading {path}", unit="clip", leave=False, delay=2):
-            whole = time.monotonic() - started < SCAN_SECONDS
-            seconds, times, sizes = scan(clip, whole)
-            source, rate = expand(seconds, clip)
-            if len(source) < frames:
-                raise InputError(f"{clip}: has {len(source)} of {frames} frames; remove it or lower --frames")
-            self.sources.append(source)
-            self.rates.append(rate)
-            self.times.append(times)
-            self.sizes |= sizes
-            self.decoded += whole
+        self.path = Path(path)
+        clips = find_clips(self.path)
+        self.captions = read_captions(self.path, clips)
+        store = Path(store) if store else None
+        self.pixels, self.clips = decode_once(self.path, clips, size, store)
+        bad = [f"{clip.name} has {n} of {frames} frames"
+               for clip, (_, n, _) in zip(clips, self.clips) if n < frames]
+        if bad:
+            raise InputError(f"{path}: {len(bad)} of {len(clips)} clips are too short: "
+                             f"{', '.join(bad)}; remove them or lower --frames")
 
-    def summary(self) -> str:
-        """What was found, on one line: clips, captions, sizes, frames, rates."""
-        found = f"{self.path}: {len(self)} clips, {sum(map(bool, self.captions))} captions"
-        sizes = [f"{w}x{h}" for w, h in sorted(sorted(self.sizes), key=math.prod)]
-        lengths, rates = sorted(map(len, self.sources)), [f"{rate:.4g}" for rate in sorted(self.rates)]
-        for unit, values in (("pixels", sizes), ("frames", lengths), ("frames a second", rates)):
-            found += ", " + " to ".join(dict.fromkeys(str(end) for end in (values[0], values[-1]))) + f" {unit}"
-        if self.decoded < len(self):
-            found += f"; {len(self) - self.decoded} not decoded yet (--check-data decodes all)"
-        return found
-
-    def identity(self) -> str:
-        """All that the items depend on: settings, and name, bytes and last change of every file."""
-        files = (file for clip in self.clips for file in (sorted(clip.iterdir()) if clip.is_dir() else [clip]))
-        found = [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
-        return f"{super().identity()} {self.captions} {found}"
+    def __len__(self) -> int:
+        return len(self.clips)
 
     def __getitem__(self, i: int) -> dict:
-        i = range(self.length)[i]
-        source = self.sources[i]
-        indices, fps = sample_frames(len(source), self.rates[i], self.frames, self._rng(i), self.fps)
-        wanted = [int(source[j]) for j in indices]
-        pictures = read_pictures(self.clips[i], wanted, self.times[i])
-        video = np.stack([_square(picture, self.size) for picture in pictures])                # (f, h, w, 3)
-        video = torch.from_numpy(video).permute(0, 3, 1, 2) / 127.5 - 1                        # (f, 3, h, w)
+        i = range(len(self))[i]
+        start, total, rate = self.clips[i]
+        indices, fps = sample_frames(total, rate, self.frames, self.rng(i), self.fps)
+        video = torch.from_numpy(self.pixels[start + indices])  # (f, h, w, 3)
+        video = video.permute(0, 3, 1, 2) / 127.5 - 1  # (f, 3, h, w)
         return {"video": video.contiguous(), "caption": self.captions[i], "fps": fps}
 
+    def subset(self, items: list[int]) -> "ClipFolder":
+        """Make the data set of some of the clips."""
+        chosen = copy.copy(self)
+        chosen.clips = [self.clips[i] for i in items]
+        chosen.captions = [self.captions[i] for i in items]
+        return chosen
 
-def find_clips(path: str | Path) -> list[Path]:
-    """The clips of a folder in natural order; raises InputError where there is none."""
-    path = Path(path)
+    def summary(self) -> str:
+        """Say in one line what was found: clips, captions, frames, rates."""
+        frames = sorted(n for _, n, _ in self.clips)
+        rates = sorted(rate for _, _, rate in self.clips)
+        return (f"{self.path}: {len(self)} clips, {sum(map(bool, self.captions))} with captions, "
+                f"{frames[0]} to {frames[-1]} frames, {rates[0]:.4g} to {rates[-1]:.4g} a second")
+
+
+def find_clips(path: Path) -> list[Path]:
+    """List the clips of a folder in natural order; raises InputError where there is none."""
     if not path.is_dir():
-        raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}; name one of clips")
-    entries = sorted((e for e in path.iterdir() if not e.name.startswith(".")), key=natural)
+        raise InputError(f"--data {path}: no such folder; name one of clips")
+    entries = sorted((e for e in path.iterdir() if not e.name.startswith(".")), key=natural_key)
     clips = [e for e in entries if e.is_dir() or e.suffix.lower() in ANIMATIONS + VIDEOS]
     if not clips:
-        raise InputError(f"{path}: no clips in it; put {', '.join(ANIMATIONS + VIDEOS)} or folders of images there")
+        kinds = ", ".join(ANIMATIONS + VIDEOS)
+        raise InputError(f"--data {path}: no clips in it; put {kinds} or folders of images there")
     return clips
 
 
-def check_clips(path: str | Path, frames: int) -> list[str]:
-    """Decodes every clip of a folder to its end -> one line for each that cannot be used, and for its captions."""
-    bad, clips = [], find_clips(path)
-    for clip in tqdm(clips, desc=f"reading {path}", unit="clip", dynamic_ncols=True):
-        try:
-            found = len(expand(scan(clip, whole=True)[0], clip)[0])
-            if found < frames:
-                raise InputError(f"{clip}: has {found} of {frames} frames; remove it or lower --frames")
-        except InputError as error:
-            bad.append(str(error))
-    try:
-        _read_captions(Path(path), clips)
-    except InputError as error:
-        bad.append(str(error))
-    return bad
+def natural_key(path: Path) -> list:
+    """Sort names with their numbers as numbers: 2 before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def _square(picture: np.ndarray, size: int) -> np.ndarray:
-    """(h, w, 3) -> its centre square, resized with anti-aliasing to (size, size, 3)."""
-    h, w, _ = picture.shape
-    side, top, left = min(h, w), max(h - w, 0) // 2, max(w - h, 0) // 2
-    square = Image.fromarray(picture[top : top + side, left : left + side])
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _read_captions(folder: Path, clips: list[Path]) -> list[str]:
-    """The caption of every clip, runs of white space made one blank."""
+def read_captions(folder: Path, clips: list[Path]) -> list[str]:
+    """Read the caption of every clip, white space made single blanks; "" where there is none."""
     captions = {}
     for clip in clips:
-        beside = folder / f"{clip.name if clip.is_dir() else clip.stem}.txt"
-        captions[clip.name] = beside.read_text("utf-8-sig", errors="replace") if beside.is_file() else ""
+        text = folder / f"{clip.name if clip.is_dir() else clip.stem}.txt"
+        captions[clip.name] = text.read_text("utf-8-sig", "replace") if text.is_file() else ""
     for table in (folder / "metadata.jsonl", folder / "metadata.csv"):
-        for line, row in _rows(table) if table.is_file() else ():
-            name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+        for line, row in read_table(table) if table.is_file() else ():
+            row = row if isinstance(row, dict) else {}
+            name = row.get("file_name")
+            text = row.get("text")
             if not isinstance(name, str) or not isinstance(text, str) or None in row:
-                raise InputError(f"{table}: line {line} must have file_name and text (in quotes where it has commas)")
-            if os.path.normpath(name) not in captions:
-                raise InputError(f"{table}: line {line}: {name!r} is no clip in this folder; add it or remove the line")
-            captions[os.path.normpath(name)] = text
+                raise InputError(f"{table}: line {line} must have file_name and text (in quotes "
+                                 f"where it has commas)")
+            name = os.path.normpath(name)
+            if name not in captions:
+                raise InputError(f"{table}: line {line}: {name!r} is no clip in this folder; add "
+                                 f"it or remove the line")
+            captions[name] = text
     return [" ".join(text.split()) for text in captions.values()]
 
 
-def _rows(table: Path):
-    """The pairs (line, row) of a .jsonl or .csv file."""
-    text, line = table.read_text("utf-8-sig", errors="replace"), 1
+def read_table(table: Path) -> Iterator[tuple[int, dict]]:
+    """Read the rows of a .jsonl or .csv file with their line numbers."""
+    text = table.read_text("utf-8-sig", "replace")
+    line = 1
     try:
         if table.suffix == ".csv":
             yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
@@ -295,5 +294,159 @@ def _rows(table: Path):
         for line, content in enumerate(text.split("\n"), 1):
             if content.strip():
                 yield line, json.loads(content)
-    except (json.JSONDecodeError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{table}: line {line} cannot be read ({error}); correct it") from error
+
+
+def decode_once(folder: Path, clips: list[Path], size: int,
+                store: Path | None) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
+    """Decode all clips to memory-mapped pixels, uint8 (n, size, size, 3), or find them in `store`.
+
+    Returns them with (first frame, number of frames, frames a second) of each clip. A store is
+    keyed by name, size and time of change of every file, and is written whole or not at all.
+    """
+    if store is None:  # the mapping outlives the file's name
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+            return decode_once(folder, clips, size, Path(temporary))
+    states = []
+    for clip in clips:
+        for file in sorted(clip.iterdir()) if clip.is_dir() else [clip]:
+            states.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    key = hashlib.sha256(repr((states, size, MAX_FRAMES)).encode()).hexdigest()[:16]
+    pixels = store / f"{key}.u8"
+    index = store / f"{key}.json"
+    if not index.is_file():
+        store.mkdir(parents=True, exist_ok=True)
+        part = store / f"{key}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as file:
+                spans = decode_all(folder, clips, size, file)
+            os.replace(part, pixels)
+            part.write_text(json.dumps(spans))
+            os.replace(part, index)
+        finally:
+            part.unlink(missing_ok=True)
+        print(f"{folder}: frames are in {pixels}, {pixels.stat().st_size / 1e6:.0f} MB")
+    spans = [tuple(span) for span in json.loads(index.read_text())]
+    return np.memmap(pixels, np.uint8, "r").reshape(-1, size, size, 3), spans
+
+
+def decode_all(folder: Path, clips: list[Path], size: int, file) -> list[tuple[int, int, float]]:
+    """Write the frames of all clips to a file; returns (first frame, number, rate) of each."""
+    spans = []
+    bad = []
+    start = 0
+    for clip in tqdm(clips, f"decoding {folder}", unit="clip", disable=None):
+        try:
+            frames, rate = read_clip(clip, size)
+        except InputError as error:
+            bad.append(str(error))
+            continue
+        file.write(frames.tobytes())
+        spans.append((start, len(frames), rate))
+        start += len(frames)
+    if bad:
+        raise InputError(f"{folder}: {len(bad)} of {len(clips)} clips cannot be used: "
+                         f"{'; '.join(bad)}; replace or remove them")
+    return spans
+
+
+def read_clip(path: str | Path, size: int | None = None) -> tuple[np.ndarray, float]:
+    """Read the frames of a clip, uint8 (n, h, w, 3), centre squares resized where size is given.
+
+    Returns them with their frames a second. Pictures are shown for different times, since writers
+    merge equal frames: each becomes as many frames as its time holds the shortest one, rounded. A
+    delay of 0 is 100 ms, as in browsers; alpha lies on black. Raises InputError for what cannot be
+    read.
+    """
+    path = Path(path)
+    pictures = []
+    seconds = []
+    try:
+        if path.is_dir():
+            decoded = decode_images(path)
+        elif path.suffix.lower() in VIDEOS:
+            decoded = decode_video(path)
+        else:
+            decoded = decode_animation(path)
+        for picture, shown in decoded:
+            pictures.append(np.asarray(square(picture, size) if size else picture))
+            seconds.append(shown)
+            if len(pictures) == MAX_FRAMES:
+                break
+        if not pictures:
+            raise EOFError("no frames in it")
+        shortest = min(seconds)
+        # 120 and 130 ms in a GIF are one frame each, 8 a second
+        single = [shown for shown in seconds if shown < shortest * 3 / 2]
+        counts = [round(shown * len(single) / sum(single)) for shown in seconds]
+        if len(single) == len(seconds):
+            counts = [1] * len(seconds)
+        if sum(counts) > 2 * MAX_FRAMES:
+            raise ValueError(f"delays from {float(shortest):g} to {float(max(seconds)):g} seconds "
+                             f"make {sum(counts):,} frames")
+        return np.repeat(np.stack(pictures), counts, axis=0), float(sum(counts) / sum(seconds))
+    except Exception as error:  # decoders have many for a damaged file
+        remedy = "pip install av" if isinstance(error, ImportError) else "replace or remove it"
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({reason}); {remedy}") from error
+
+
+def decode_images(folder: Path) -> Iterator[tuple[Image.Image, Fraction]]:
+    """Decode a folder of numbered images."""
+    images = [file for file in folder.iterdir() if file.suffix.lower() in IMAGES]
+    for file in sorted(images, key=natural_key):
+        with Image.open(file) as image:
+            yield to_rgb(image), Fraction(1, FOLDER_FPS)
+
+
+def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
+    """Decode a GIF, WebP or PNG with the seconds that each picture is shown."""
+    with Image.open(path) as image:
+        for k in range(getattr(image, "n_frames", 1)):
+            image.seek(k)
+            yield to_rgb(image), Fraction(image.info.get("duration") or 100) / 1000
+        # Pillow takes a GIF that is cut off between two pictures for a short one
+        if image.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
+            raise EOFError("cut off")
+
+
+def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
+    """Decode a video with the seconds that each picture is shown."""
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        usual = 1 / (stream.average_rate or stream.guessed_rate)
+        last = None
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise EOFError("cut off")
+            for frame in packet.decode():
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise ValueError(f"{frame.width} x {frame.height} pixels")
+                if last is not None:
+                    timed = None not in (frame.pts, last.pts) and frame.pts > last.pts
+                    shown = (frame.pts - last.pts) * frame.time_base if timed else usual
+                    yield Image.fromarray(last.to_ndarray(format="rgb24")), shown
+                last = frame
+        if last is not None:
+            yield Image.fromarray(last.to_ndarray(format="rgb24")), usual
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any kind of picture into RGB, alpha on black."""
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels")
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Cut the centre square of a picture and resize it, anti-aliased."""
+    side = min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    cut = image.crop((left, top, left + side, top + side))
+    return cut.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,35 +1,62 @@
-"""MagicVideo, the whole as one object: prompts -> text encoder -> 3D U-Net under diffusion -> VideoVAE -> clips.
-
-The five files it joins are one idea each: `clip_text.py`, `vae.py`, `unet3d.py`, `diffusion.py`, and `data.py` for the
-captions that the smallest tokenizer is learned from; `cascade.py` has what follows the key frames, `config.py` all
-sizes. Read `cascade.py` next: what follows the key frames.
+"""MagicVideo (paper §3), all parts assembled into one model: prompts -> CLIP text encoder -> 3D
+U-Net under diffusion -> VideoVAE -> clips. Read `cascade.py` next: what comes after the key frames.
 """
 
 import copy
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cascade import FACTOR, interpolate, interpolation_config, later_diffusion, start_interpolation, upscale
-from clip_text import CLIPTextEncoder, Tokenizer
-from config import PRESETS, MagicVideoConfig, config_from_dict
+from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from data import InputError, shape_captions
-from diffusion import SAMPLERS, Diffusion
-from stable_diffusion import SD_PARTS, is_new_part, load_part, read_stable_diffusion
-from unet3d import UNet3D
-from vae import VideoVAE
+from diffusion import Diffusion, DiffusionConfig
+from runs import save_checkpoint
+from tiny import StaggeredDiffusion
+from unet3d import UNet3D, UNetConfig
+from vae import VAEConfig, VideoVAE
+
+
+@dataclass
+class MagicVideoConfig:
+    """Sizes of all parts; the defaults are the paper's, SD 1.x with 16 frames of 256 x 256."""
+
+    preset: str = "paper"  # the training settings that suit the model, see train.py
+    size: int = 256  # height and width of a frame, in pixels
+    guidance: float = 7.5  # default of sampling
+    pretrained: bool = False  # from SD: text encoder and VAE encoder are never trained
+    staggered: bool = False  # frames are denoised one after another, see tiny.py
+    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+PRESETS = {
+    # the shapes demo: 8 frames of 64 x 64, trained from nothing on two CPU cores
+    "tiny": MagicVideoConfig(
+        preset="tiny", size=64, guidance=2.0, staggered=True,
+        text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
+        vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
+        unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=2, groups=8,
+                        context_width=96, frames=8)),
+    # one GPU, from nothing, on people's own clips: 16 frames of 128 x 128
+    "small": MagicVideoConfig(
+        preset="small", size=128,
+        text=CLIPTextConfig(vocab_size=8192, width=512, layers=6, heads=8),
+        vae=VAEConfig(channels=(64, 128, 256, 256)),
+        unet=UNetConfig(channels=(128, 256, 384, 384), context_width=512)),
+    "paper": MagicVideoConfig(),
+}
 
 
 class MagicVideo(nn.Module):
-    """Text to video by latent diffusion (paper §3): `.tokenizer .text_encoder .vae .unet .diffusion`.
+    """Text to video (paper §3): `.tokenizer .text_encoder .vae .unet .diffusion`.
 
-    What follows the key frames is None until it is trained: `.interpolator .upscaler` (see `cascade.py`).
+    `.cascade` keeps the saved networks of `cascade.py` by stage; they are built when they are used.
     """
 
     def __init__(self, config: MagicVideoConfig, tokenizer: Tokenizer):
@@ -39,36 +66,32 @@ class MagicVideo(nn.Module):
         self.text_encoder = CLIPTextEncoder(config.text)
         self.vae = VideoVAE(config.vae)
         self.unet = UNet3D(config.unet)
-        self.diffusion = Diffusion(config.diffusion)
-        self.later_diffusion = later_diffusion(config.diffusion)
-        later = config.later
-        self.interpolator = UNet3D(interpolation_config(config.unet)) if "interpolate" in later else None
-        self.upscaler = UNet3D(config.upscale) if "upscale" in later else None
-
-    def add_later(self, stage: str) -> None:
-        """Gives the model the network of a later stage, "interpolate" or "upscale", untrained, if it has none."""
-        if stage in self.config.later:
-            return
-        self.config.later = (*self.config.later, stage)
-        if stage == "interpolate":
-            self.interpolator = start_interpolation(self.unet)
-        else:
-            self.upscaler = UNet3D(self.config.upscale).to(self.device)
+        diffusion = StaggeredDiffusion if config.staggered else Diffusion
+        self.diffusion = diffusion(config.diffusion)
+        self.cascade: dict[str, dict] = {}
 
     @classmethod
-    def from_preset(cls, name: str, frames: int | None = None, captions: list[str] | None = None) -> "MagicVideo":
-        """An untrained model of preset "tiny", "small" or "paper", with the preset's number of frames unless given.
+    def from_preset(cls, name: str, frames: int | None = None,
+                    captions: list[str] | None = None) -> "MagicVideo":
+        """Build an untrained model of preset "tiny", "small" or "paper".
 
-        Its tokenizer learns its merges from `captions`, by default those of the shapes data set. Raises InputError for
-        a preset that does not exist.
+        Its tokenizer learns its merges from `captions`, by default those of the shapes data set.
         """
-        if name not in PRESETS:
-            raise InputError(f'there is no preset "{name}": use {", ".join(PRESETS)}')
         config = copy.deepcopy(PRESETS[name])
-        if frames:
-            config.unet.frames = frames
+        config.unet.frames = frames or config.unet.frames
         captions = captions or shape_captions("train")
-        return cls(config, Tokenizer.train(captions, config.text.vocab_size, config.text.context_length))
+        return cls(config, Tokenizer.train(captions, config.text.vocab_size,
+                                           config.text.context_length))
+
+    @classmethod
+    def from_stable_diffusion(cls, folder: str | Path, frames: int = 16) -> "MagicVideo":
+        """Load a diffusers-layout SD 1.x folder as the image model of a video model (paper §3).
+
+        The video parts start without effect, so that each frame is SD's. Raises InputError for
+        another kind of folder, and for a weight that is missing, left over or of another shape.
+        """
+        from stable_diffusion import load_stable_diffusion
+        return load_stable_diffusion(Path(folder), frames)
 
     @property
     def device(self) -> torch.device:
@@ -76,202 +99,115 @@ class MagicVideo(nn.Module):
         return self.unet.conv_in.weight.device
 
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions -> what the U-Net's cross-attention reads, (b, l, d); "" is the unconditional branch of guidance."""
+        """Encode captions for cross-attention, (b, l, d); "" is the unconditional branch (§3)."""
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
-    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50, guidance: float = 7.5,
-               sampler: str = "ddim", seed: int = 0, eta: float = 0.0, frames: int | None = None,
-               progress: Callable = lambda steps: steps) -> Tensor:
-        """Prompts -> clips (b, f, 3, h, w) in [-1, 1] (paper §3; sampler, steps and guidance are SD's).
-
-        Settings: `sample_latents` (fps, seed, frames), `Diffusion.sample` (sampler, steps, guidance, eta).
-        """
-        return self.decode(self.sample_latents(prompts, fps, steps, guidance, sampler, seed, eta, frames, progress))
-
     @torch.no_grad()
-    def sample_latents(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50, guidance: float = 7.5,
-                       sampler: str = "ddim", seed: int = 0, eta: float = 0.0, frames: int | None = None,
-                       progress: Callable = lambda steps: steps) -> Tensor:
-        """Prompts -> the latents of clips (b, f, 4, h/8, w/8), the key frames.
+    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50,
+               guidance: float | None = None, sampler: str = "ddim", seed: int = 0,
+               eta: float = 0.0, decode: bool = True) -> Tensor:
+        """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents unless `decode` (§3).
 
-        Clip i is drawn with seed + i, so it is the same alone or in a batch. Without fps the image model draws single
-        pictures (b, 1, 4, h/8, w/8). `progress` wraps the list of steps.
-        Raises InputError for values out of range, and for a number of frames that the adaptors were not trained for.
+        Clip i is drawn with seed + i, so that it is the same alone or in a batch. Without fps the
+        image model draws single frames. Guidance is the model's own unless given.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        trained = self.config.unet.frames
-        if frames not in (None, trained):
-            raise InputError(f"--frames {frames}: this model makes {trained} frames, since its adaptors hold one scale "
-                             f"and shift for each frame (paper §3.2.1); leave it out, or train with --frames {frames}")
-        most = self.config.diffusion.steps
-        ranges = {"--fps": (8 if fps is None else fps, 0.1, 1000), "--steps": (steps, 1, most),
-                  "--guidance": (guidance, -1000, 1000), "--eta": (eta, 0, 1), "--seed": (seed, 0, 2**62)}
-        for flag, (value, low, high) in ranges.items():
-            if not low <= value <= high:
-                raise InputError(f"{flag} {value}: give a number from {low} to {high}")
-        if sampler not in SAMPLERS:
-            raise InputError(f'--sampler "{sampler}": use {" or ".join(SAMPLERS)}')
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         side = self.config.size // 2 ** (len(self.config.vae.channels) - 1)
-        shape = (len(prompts), 1 if fps is None else trained, self.config.vae.latent_channels, side, side)
-        context, uncond = self.encode_text(prompts), self.encode_text([""] * len(prompts))
-        rate = None if fps is None else torch.full((len(prompts),), float(fps), device=self.device)
-        return self.diffusion.sample(
-            self.unet, shape, context, uncond, rate, sampler, steps, guidance, eta, generators, progress)
+        frames = 1 if fps is None else self.config.unet.frames
+        shape = (len(prompts), frames, self.config.vae.latent_channels, side, side)
+        context = self.encode_text(prompts)
+        uncond = self.encode_text([""] * len(prompts))
+        if fps is not None:
+            fps = torch.full((len(prompts),), float(fps), device=self.device)
+        guidance = self.config.guidance if guidance is None else guidance
+        z = self.diffusion.sample(self.unet, shape, context, uncond, fps, sampler, steps, guidance,
+                                  eta, generators)
+        return self.decode(z) if decode else z
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """Encode clips (b, f, 3, h, w) in [-1, 1] to latents as diffusion sees them: scaled means.
+
+        SD trains on samples of the posterior, which is so narrow there that they are its means (ours).
+        """
+        mean, _ = self.vae.encode(videos.to(self.device))
+        return self.config.vae.scaling_factor * mean
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b, f, 4, h/8, w/8) -> clips (b, f, 3, h, w) in [-1, 1]."""
+        """Decode latents (b, f, 4, h/8, w/8) to clips (b, f, 3, h, w) in [-1, 1]."""
         # clip by clip: at 16 x 256 x 256 the decoder needs gigabytes for each
         return torch.cat([self.vae.decode(z).clamp(-1, 1) for z in latents.split(1)])
 
-    @torch.no_grad()
-    def interpolate(self, keys: Tensor, prompts: list[str], fps: float, steps: int = 20, seed: int = 0,
-                    progress: Callable = lambda steps: steps) -> Tensor:
-        """Key latents (b, f, ...) at `fps` -> latents (b, 4f-3, ...) at four times the rate (paper: interpolation).
+    # ----------------------------------------------------------------------------------------------
+    # Files
 
-        Raises InputError for a model without that stage, and for a single key frame.
-        """
-        self.needs("interpolate", steps)
-        if keys.shape[1] < 2:
-            raise InputError("--interpolate: one key frame has none beside it; use a model of two frames or more")
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        rate = torch.full((len(prompts),), float(fps), device=self.device)
-        return interpolate(self.interpolator, self.later_diffusion, keys, self.encode_text(prompts), rate, steps,
-                           generators, progress)
-
-    @torch.no_grad()
-    def upscale(self, videos: Tensor, prompts: list[str], steps: int = 4, seed: int = 0, same_noise: bool = False,
-                tile: int = 0, progress: Callable = lambda steps: steps) -> Tensor:
-        """Clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), see `cascade.upscale` (paper: super-resolution).
-
-        Raises InputError for a model without that stage, for tiles it cannot halve, and where memory is too small.
-        """
-        self.needs("upscale", steps, tile)
-        clips = []
-        for i, (video, context) in enumerate(zip(videos, self.encode_text(prompts).split(1))):
-            try:
-                clips.append(upscale(self.upscaler, self.later_diffusion, video, context, steps, seed + i, same_noise,
-                                     tile, progress))
-            except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, "can't allocate memory" on a CPU
-                if "memory" not in str(error):
-                    raise
-                smaller = max(tile // 2, 64) if tile else 256
-                raise InputError(f"--upscale: {FACTOR * video.shape[-1]} x {FACTOR * video.shape[-2]} pixels do not "
-                                 f"fit the memory; add --tile {smaller}") from error
-        return torch.stack(clips)
-
-    def needs(self, stage: str, steps: int, tile: int = 0) -> None:
-        """Raises InputError if the model has no such later stage, or for settings of it that are out of range."""
-        if stage not in self.config.later:
-            raise InputError(f"--{stage}: this model has no such stage; train it: python train.py --stage {stage} "
-                             f"--init-from MODEL.pt")
-        if not 1 <= steps <= self.config.diffusion.steps:
-            raise InputError(f"--{stage}-steps {steps}: give a number from 1 to {self.config.diffusion.steps}")
-        factor = 2 ** (len(self.config.upscale.channels) - 1)  # the network halves a tile so often
-        if tile % factor or tile < 0:
-            raise InputError(f"--tile {tile}: give a multiple of {factor}")
-
-    def save(self, path: str | Path, dtype: torch.dtype | None = None, made_by: str = "") -> None:
-        """Writes weights, sizes and tokenizer to one file; the old file stays whole until the new one is.
-
-        float16 as `dtype` halves the file, and `load` makes float32 of it again; `made_by` says how the model came to
-        be and is kept beside it.
-        """
-        contents = self.contents()
-        if dtype:
-            contents["weights"] = {name: weight.to(dtype) for name, weight in contents["weights"].items()}
-        write_checkpoint(path, {"format": "magicvideo", "made_by": made_by, "model": contents})
+    def state(self) -> dict:
+        """Return what `from_state` needs, tensors and strings alone: loading runs no code."""
+        merges = [" ".join(pair) for pair in self.tokenizer.merges]
+        return {"config": json.dumps(asdict(self.config)), "merges": merges,
+                "weights": self.state_dict(), "cascade": self.cascade}
 
     @classmethod
-    def from_stable_diffusion(cls, folder: str | Path, frames: int = 16) -> "MagicVideo":
-        """The image model in a diffusers-layout SD 1.x folder, ready for clips of `frames` (paper §3: image start).
-
-        Sizes come from its config.json files, frames are 256 x 256 as in the paper, or the folder's own size where that
-        is less. The new parts start without effect: each frame is SD's. Raises InputError for what is not such a
-        folder, and for a weight that is missing, left over or of another shape.
-        """
-        folder = Path(folder)
-        model = cls(*read_stable_diffusion(folder, frames))
-        loaded = sum(load_part(getattr(model, part), folder / part) for part in SD_PARTS)
-        new = sum(p.numel() for name, p in model.named_parameters() if is_new_part(name))
-        print(f"{folder}: {loaded:,} parameters of Stable Diffusion loaded; {new:,} new ones (adaptors, temporal "
-              f"attention, FPS) start with zero effect")
+    def from_state(cls, state: dict, path: str | Path) -> "MagicVideo":
+        """Build the model of `state`, read from `path`. Raises InputError if it does not fit."""
+        try:
+            values = json.loads(state["config"])
+            parts = {"text": CLIPTextConfig, "vae": VAEConfig, "unet": UNetConfig,
+                     "diffusion": DiffusionConfig}
+            for name, part in parts.items():
+                values[name] = part(**{key: tuple(value) if isinstance(value, list) else value
+                                       for key, value in values[name].items()})
+            config = MagicVideoConfig(**values)
+            merges = [tuple(pair.split(" ")) for pair in state["merges"]]
+            model = cls(config, Tokenizer(merges, config.text.context_length))
+            model.load_state_dict(state["weights"])
+            model.cascade = dict(state["cascade"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{path}: made by another version of this code "
+                             f"({str(error).splitlines()[0]}); train again") from error
         return model.eval()
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write weights, sizes and tokenizer to one file; float16 as `dtype` halves it."""
+        state = self.state()
+        if dtype:
+            state["weights"] = {name: p.to(dtype) for name, p in state["weights"].items()}
+        save_checkpoint(path, {"format": "magicvideo", "model": state})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MagicVideo":
-        """The model that `save` wrote, or in a Stable Diffusion folder, on `device`.
-
-        Raises InputError for a file or folder that is not one, or not whole.
-        """
-        if Path(path).is_dir() or Path(path).suffix in (".safetensors", ".ckpt"):  # the latter are refused in words
+        """Load what `save` wrote, or a Stable Diffusion folder. InputError for anything else."""
+        path = Path(path)
+        if (path / "model.pt").is_file():  # the folder of a run
+            path = path / "model.pt"
+        if path.is_dir():
             return cls.from_stable_diffusion(path).to(device)
-        return cls.from_contents(read_checkpoint(path, "magicvideo")["model"], path).to(device)
-
-    def contents(self) -> dict:
-        """Everything `from_contents` needs: plain tensors, strings and lists, so that loading runs no code."""
-        return {"config": json.dumps(asdict(self.config)), "merges": [" ".join(pair) for pair in self.tokenizer.merges],
-                "weights": self.state_dict()}
-
-    @classmethod
-    def from_contents(cls, contents: dict, path: str | Path) -> "MagicVideo":
-        """The model of `contents`; `path` names the file in errors. Raises InputError if sizes and weights differ."""
-        try:
-            config = config_from_dict(json.loads(contents["config"]))
-            tokenizer = Tokenizer([tuple(pair.split(" ")) for pair in contents["merges"]], config.text.context_length)
-            model = cls(config, tokenizer)
-            model.load_state_dict(contents["weights"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{path}: its weights are of another size or version than this code "
-                             f"({str(error).splitlines()[0]}); train again or use the code that wrote it") from error
-        return model.eval()
+        return cls.from_state(load_checkpoint(path, "magicvideo")["model"], path).to(device)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is: cuda, mps, cpu. Raises InputError for one that is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name and name.split(":")[0] not in there:
-        raise InputError(f"--device {name}: not on this machine; use {' or '.join(there)}")
-    return torch.device(name or there[0])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def write_checkpoint(path: str | Path, contents: dict) -> None:
-    """Saves to a temporary name, flushes, renames: whatever happens, `path` is the old file or the new one, whole.
-
-    Raises InputError where it cannot be written, a full disk for example.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(contents, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written ({str(error).splitlines()[0]}); what was saved before is whole: "
-                         f"make room on the disk or choose another --out") from error
-
-
-def read_checkpoint(path: str | Path, kind: str, mmap: bool = False) -> dict:
-    """What `write_checkpoint` wrote, on the CPU; runs no code from the file (weights_only).
-
-    With `mmap` the numbers stay in the file until they are asked for.
-
-    Raises InputError for a file that is missing, truncated, or not of this kind.
-    """
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """Read a file of `save_checkpoint`, memory-mapped, running no code, or raise InputError."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such file; give a model.pt that train.py wrote")
+        raise InputError(f"{path}: no such file; give a model.pt that train.py wrote")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has many for a damaged file
-        raise InputError(f"{path}: not a checkpoint, or cut off; give a model.pt that train.py wrote") from error
+        raise InputError(f"{path}: not a model.pt of train.py, or cut off; train again") from error
     if not isinstance(contents, dict) or contents.get("format") != kind:
-        raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume reads checkpoint.pt')
+        raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume '
+                         f"checkpoint.pt")
     return contents
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the best there is. InputError if it is not there."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name and name.split(":")[0] not in available:
+        raise InputError(f"--device {name}: not on this machine; use {' or '.join(available)}")
+    return torch.device(name or available[0])

@@ -1,157 +1,197 @@
-"""Prompts in, clips out: `python sample.py "a red circle moving left"` (paper §3, from text to the decoded clip).
-
-A file of prompts, one a line, makes a clip each; `torchrun --nproc-per-node 8 sample.py --prompts FILE` shares them out
-over the GPUs of one machine or many. Clips that are there already are not made again.
-"""
+"""Prompts in, clips out: `python sample.py "a red circle moving left"` (paper §3)."""
 
 import argparse
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
+from torch import Tensor
 
-from cascade import BETWEEN
-from data import InputError, check_clip_path, grid, write_clip
+from data import InputError
 from diffusion import SAMPLERS
-from magicvideo import MagicVideo, choose_device
-from parallel import own_device, started_by_torchrun
+from magicvideo import MagicVideo, pick_device
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "shapes.pt"
+MAX_FPS = {".gif": 100, ".webp": 1000, ".png": 1000, ".mp4": 1000}
 
 
 def newest_model() -> Path:
-    """The model of the newest run under runs/, else the one shipped with the code. Raises InputError if neither is."""
+    """Return the newest model under runs/, else the shipped one. InputError if there is none."""
     models = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-    if models:
-        return models[-1]
-    if SHIPPED.is_file():
-        return SHIPPED
-    raise InputError("no model under runs/: run python train.py first, or name one with --checkpoint")
+    models = models or [path for path in [SHIPPED] if path.is_file()]
+    if not models:
+        raise InputError("no model under runs/: run python train.py, or name one with --checkpoint")
+    return models[-1]
 
 
-def read_prompts(file: str) -> list[str]:
-    """The lines of a file of prompts; raises InputError if it cannot be read or has none."""
-    try:
-        lines = Path(file).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {file}: cannot be read ({error}); give text, UTF-8, a prompt a line") from error
-    if not lines:
-        raise InputError(f"--prompts {file}: no prompts in it; write one a line")
-    return lines
-
-
-def stages(model: MagicVideo, prompts: list[str], seed: int, out: Path, flags: argparse.Namespace) -> Iterator[tuple]:
-    """Key frames, and from these what is asked for: yields (clips (b, f, 3, h, w), frames a second, where to write).
-
-    The last stage's clips, and with --save-stages those of each; one progress bar counts the steps of all.
-    """
-    total = flags.steps + flags.interpolate * flags.interpolate_steps
-    total += flags.upscale * flags.upscale_steps * len(prompts)
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
-        def progress(steps: list) -> Iterator:
-            for step in steps:
-                yield step
-                bar.update()
-
-        bar.set_description("key frames")
-        fps = flags.fps
-        latents = model.sample_latents(prompts, fps, flags.steps, flags.guidance, flags.sampler, seed, flags.eta,
-                                       flags.frames, progress)
-        if flags.interpolate:
-            if flags.save_stages:
-                yield model.decode(latents), fps, out.with_stem(f"{out.stem}-keys")
-            bar.set_description("interpolate")
-            latents = model.interpolate(latents, prompts, fps, flags.interpolate_steps, seed, progress)
-            fps *= BETWEEN + 1
-        clips = model.decode(latents)
-        if flags.upscale:
-            if flags.save_stages:
-                yield clips, fps, out.with_stem(f"{out.stem}-{'interpolated' if flags.interpolate else 'keys'}")
-            bar.set_description("upscale")
-            clips = model.upscale(clips, prompts, flags.upscale_steps, seed, flags.same_noise, flags.tile, progress)
-    yield clips, fps, out
-
-
-def memory(device: torch.device) -> str:
-    """The most memory that this process has held, in words; nothing where the system does not say."""
-    if device.type == "cuda":
-        return f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB of the GPU"
-    try:
-        import resource
-    except ImportError:
-        return ""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KB
-    return f", {most / 1024 if sys.platform == 'darwin' else most:.1f} GB"
+def read_flags(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line, before any work. InputError for what cannot be done."""
+    parser = argparse.ArgumentParser(description="Samples a clip; several prompts make one grid.")
+    parser.add_argument("prompts", nargs="+", help='what to show; "" samples without text')
+    parser.add_argument("--checkpoint", help="model.pt or Stable Diffusion folder (default: the "
+                        "newest under runs/, else the shipped one)")
+    parser.add_argument("--out", default="clip.gif", help=".gif, .webp, .png or .mp4 (clip.gif)")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames per second (8)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (50)")
+    parser.add_argument("--guidance", type=float, help="weight of the text (default: the model's)")
+    parser.add_argument("--sampler", default="ddim", help="ddim or ddpm (ddim)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
+    parser.add_argument("--seed", type=int, default=0, help="prompt i takes seed + i (0)")
+    parser.add_argument("--interpolate", action="store_true", help="f frames become 4 f - 3")
+    parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    flags = parser.parse_args(arguments)
+    suffix = Path(flags.out).suffix.lower()
+    if suffix not in MAX_FPS:
+        raise InputError(f"--out {flags.out}: end its name in {', '.join(MAX_FPS)}")
+    if suffix == ".mp4":
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            raise InputError(f"--out {flags.out}: pip install av, or choose .gif") from error
+    rates = 4 if flags.interpolate else 1
+    ranges = {"fps": (0.1, MAX_FPS[suffix] / rates), "steps": (1, 1000), "eta": (0, 1),
+              "guidance": (-1000, 1000), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in ranges.items():
+        value = getattr(flags, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: give a number from {low:g} to {high:g}"
+                             + f" for {flags.out}" * (name == "fps")
+                             + " with --interpolate" * (name == "fps" and rates > 1))
+    if flags.sampler not in SAMPLERS:
+        raise InputError(f'--sampler "{flags.sampler}": use {" or ".join(SAMPLERS)}')
+    return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Reads the command line, samples every prompt, writes one clip, a grid where there are several, or one a line."""
-    parser = argparse.ArgumentParser(description="Samples clips from prompts; several prompts make one grid.")
-    parser.add_argument("prompts", nargs="*", help='what to show; "" samples without text')
-    parser.add_argument("--prompts", dest="file", metavar="FILE",
-                        help="a file of prompts, one a line: a clip for each, OUT-00001.gif and so on")
-    parser.add_argument("--checkpoint", help="a model.pt or a Stable Diffusion folder (default: the newest model "
-                                             "under runs/, else the shipped one)")
-    parser.add_argument("--out", default="clip.gif", help="a .gif, .webp, .png (animated) or .mp4 (default: clip.gif)")
-    parser.add_argument("--fps", type=float, default=8.0, help="frames per second (default: 8)")
-    parser.add_argument("--frames", type=int, help="frames of the clip: the number that the model was trained for")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (default: 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="weight of the text (default: 7.5)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1 (default: 0)")
-    parser.add_argument("--interpolate", action="store_true", help="three frames more between two: F become 4F - 3")
-    parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
-    parser.add_argument("--interpolate-steps", type=int, default=20, help="sampling steps of it (default: 20)")
-    parser.add_argument("--upscale-steps", type=int, default=4, help="sampling steps of it (default: 4)")
-    parser.add_argument("--same-noise", action="store_true", help="--upscale: one start noise for all frames of a clip")
-    parser.add_argument("--tile", type=int, default=0, metavar="N",
-                        help="--upscale: N x N pixels at a time, for less memory (default: whole frames)")
-    parser.add_argument("--save-stages", action="store_true", help="write each stage's clip too: OUT-keys, "
-                                                                   "OUT-interpolated")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt i takes seed + i (default: 0)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flags = parser.parse_args(arguments)
-
-    if bool(flags.prompts) == bool(flags.file):
-        raise InputError('give prompts, or a file of them: python sample.py "a red circle", or --prompts FILE')
-    if (flags.tile or flags.same_noise) and not flags.upscale:
-        raise InputError(f"--{'tile' if flags.tile else 'same-noise'}: says how --upscale works; add --upscale")
-    if flags.save_stages and not (flags.upscale or flags.interpolate):
-        raise InputError("--save-stages: there is but one stage; add --interpolate or --upscale")
-    lines = read_prompts(flags.file) if flags.file else []
-    check_clip_path(flags.out)  # before the work, not after it
+    """Sample every prompt: key frames, and from these what is asked for; write one clip."""
+    flags = read_flags(arguments)
+    started = time.time()
     torch.set_flush_denormal(True)
     checkpoint = Path(flags.checkpoint) if flags.checkpoint else newest_model()
-    model = MagicVideo.load(checkpoint, own_device(choose_device(flags.device)))
+    model = MagicVideo.load(checkpoint, pick_device(flags.device))
     print(f"model: {checkpoint}")
-
     for stage in ("interpolate", "upscale"):
-        if getattr(flags, stage):
-            model.needs(stage, getattr(flags, f"{stage}_steps"), flags.tile)  # before the work, not after it
+        if getattr(flags, stage) and stage not in model.cascade:
+            raise InputError(f"--{stage}: {checkpoint} has no such network; train it: python "
+                             f"train.py --stage {stage} --init-from {checkpoint}")
+    if flags.interpolate and model.config.unet.frames < 2:
+        raise InputError("--interpolate: this model makes single frames; use one of two or more")
 
-    def sample(prompts: list[str], seed: int, out: Path) -> None:
-        started = time.time()
-        for clips, fps, path in stages(model, prompts, seed, out, flags):
-            write_clip(path, grid(clips.cpu()) if len(clips) > 1 else clips[0].cpu(), fps)
-            b, f, _, h, w = clips.shape
-            print(f"wrote {path}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in {time.time() - started:.1f} s"
-                  f"{memory(model.device)}")
+    latents = model.sample(flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler,
+                           flags.seed, flags.eta, decode=False)
+    fps = flags.fps
+    if flags.interpolate or flags.upscale:
+        import cascade
+        with torch.no_grad():
+            context = model.encode_text(flags.prompts)
+    if flags.interpolate:
+        interpolator = cascade.build(model, "interpolate")
+        latents = interpolator.sample(latents, context, fps, seed=flags.seed)
+        fps *= cascade.NEW_FRAMES + 1
+    clips = model.decode(latents)
+    if flags.upscale:
+        clips = cascade.build(model, "upscale").sample(clips, context, seed=flags.seed)
+    write_clip(flags.out, grid(clips.cpu()), fps)
+    b, f, _, h, w = clips.shape
+    print(f"wrote {flags.out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in "
+          f"{time.time() - started:.1f} s")
 
-    if flags.prompts:
-        sample(flags.prompts, flags.seed, Path(flags.out))
-    rank, world = started_by_torchrun()
-    for i in range(rank, len(lines), world):
-        out = Path(flags.out).with_stem(f"{Path(flags.out).stem}-{i + 1:05d}")
-        if out.exists():
-            print(f"{out} is there already")
+
+# --------------------------------------------------------------------------------------------------
+# Writing clips
+
+
+def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
+    """Write a video (f, 3, h, w) in [-1, 1] as .gif, .webp, .png or .mp4, whole or not at all.
+
+    Delays are whole milliseconds, in a GIF hundredths of a second; a GIF has one palette of 256 colors
+    for all frames. Raises InputError where it cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    pixels = to_uint8(video)  # (f, h, w, 3)
+    f, h, w, _ = pixels.shape
+    part = path.with_name(f".{os.getpid()}{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".mp4":
+            write_mp4(part, pixels, Fraction(fps).limit_denominator(1001))
         else:
-            sample([lines[i]], flags.seed + i, out)
+            images = [Image.fromarray(frame) for frame in pixels]
+            options = {"blend": 0, "disposal": 1}  # of PNG: keeps equal neighbours
+            if suffix == ".gif":
+                tall = Image.fromarray(pixels.reshape(f * h, w, 3))
+                tall = tall.quantize(256, dither=Image.Dither.NONE)
+                images = [tall.crop((0, k * h, w, (k + 1) * h)) for k in range(f)]
+                options = {"optimize": False}
+            if suffix == ".webp":
+                options = {"lossless": True}
+            tick = 1000 // MAX_FPS[suffix]  # milliseconds
+            times = np.round(np.arange(f + 1) * 1000 / (tick * fps))
+            delays = (tick * np.diff(times)).astype(int).tolist()
+            images[0].save(part, save_all=True, append_images=images[1:], duration=delays, loop=0,
+                           **options)
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--out {path}: cannot be written ({reason}); choose another") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:
+    """Write frames (f, h, w, 3) as H.264, or MPEG-4 where av lacks it; odd sizes grow by a pixel."""
+    import av
+
+    _, h, w, _ = pixels.shape
+    pixels = np.pad(pixels, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18"}
+        for k, picture in enumerate(pixels):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = k
+            frame.time_base = 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Turn pixels in [-1, 1] (..., 3, h, w) into uint8 (..., h, w, 3), clipped."""
+    video = ((video.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return video.movedim(-3, -1).contiguous().numpy()
+
+
+def grid(videos: Tensor) -> Tensor:
+    """Lay clips (n, f, 3, h, w) out as one (f, 3, H, W), near-square, white gaps between."""
+    return tile_images(videos, math.ceil(math.sqrt(len(videos))))
+
+
+def film_strip(videos: Tensor) -> Tensor:
+    """Lay clips (n, f, 3, h, w) out as one picture (3, H, W), a row for each clip."""
+    return tile_images(videos.flatten(0, 1)[:, None], videos.shape[1])[0]
+
+
+def tile_images(videos: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Lay clips out in rows of `columns`: (n, f, 3, h, w) -> (f, 3, H, W)."""
+    n, f, c, h, w = videos.shape
+    rows = math.ceil(n / columns)
+    tiles = videos.new_ones(rows * columns, f, c, h + gap, w + gap)  # white where no clip lies
+    tiles[:n, :, :, :h, :w] = videos
+    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 3, 0, 4, 1, 5)
+    return tiles.reshape(f, c, rows * (h + gap), columns * (w + gap))[..., :-gap, :-gap]
 
 
 if __name__ == "__main__":

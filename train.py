@@ -1,343 +1,591 @@
-"""Trains MagicVideo, all stages in one plain loop: `python train.py` makes a working model of the embedded shapes.
+"""Trains MagicVideo in one plain loop: `python train.py` makes a working model of the shapes.
 
-    vae     VideoVAE: reconstruction + KL                                              (paper §3, VideoVAE)
-    image   the U-Net's image part on single frames, text to image                    (paper §3, image start)
-    video   all of the U-Net on clips with their FPS, started from the image stage    (paper §3.2)
+    vae           VideoVAE: reconstruction + KL                              (paper §3, VideoVAE)
+    image         the U-Net's image part on single frames, text to image     (paper §3, image start)
+    video         the whole U-Net on clips with their FPS                    (paper §3.2)
+    interpolate   by --stage alone: the frames between two key frames        (paper §3)
+    upscale       by --stage alone: frames of four times the size            (paper §3)
 
-and, asked for one by one, what follows the key frames:
-
-    interpolate   a U-Net for the frames between two key frames, started from theirs  (paper §3, interpolation)
-    upscale       a U-Net in pixels for frames four times the size                    (paper §3, super-resolution)
-
-A stage trains its parts, keeps a moving average of their weights, and hands that average to the next stage. Everything
-random in a step is drawn from (seed, stage, step, place in the batch), so a resumed run goes on as if it had never
-stopped, and several processes train as one does (`parallel.py`). Where a step's clips come from is in `batches.py`.
+A stage trains its weights and hands their moving average on. Everything random in a step is drawn
+from (seed, stage, step) for the whole batch, of which each process takes its shard: a resumed run
+goes on as if it had never stopped, and several processes train as one does.
 """
 
 import argparse
 import json
 import math
 import os
-import signal
+import re
+import shlex
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: programs on the same cores wait without spinning
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of torch.distributed
 
 import torch
-from torch.utils.data import Dataset
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from batches import Frames, Latents, encode, indices, latents_of, read, rng, share
-from cascade import BETWEEN, FACTOR
-from data import ClipFolder, InputError, ShapesDataset, check_clips
-from losses import unet_loss, vae_frames, vae_loss
-from magicvideo import PRESETS, MagicVideo, choose_device, read_checkpoint, write_checkpoint
-from optim import MovingAverage, learning_rate, make_optimizers
-from parallel import (average_over_ranks, backward, join, keep_freed_memory, leave, own_device, rank, restarted,
-                      world)
-from progress import curves, forget, log, picture
-from settings import EVERY, LATER, PRESET_SETTINGS, STAGES, Settings, check, read_flags
-from stable_diffusion import is_new_part
+import cascade
+from data import ClipDataset, ClipFolder, InputError, ShapesDataset
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig, load_checkpoint, pick_device
+from runs import (append_log, join_ranks, loss_by_timestep_bin, new_folder, plot_losses, rank,
+                  save_checkpoint, start_ranks, stop_signals, truncate_log, world)
+from sample import film_strip, write_clip
+from stable_diffusion import is_video_parameter
+from tiny import EMA, LatentCache, build_optimizers, initialise, thumbnail_loss
 from unet3d import Level
 
-# ----------------------------------------------------------------------------------------------------------------------
+BASE_STAGES = ("vae", "image", "video")
+ALL_STAGES = BASE_STAGES + cascade.CASCADE_STAGES
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+
+def flag(group: str, default, text: str):
+    """Make a field of Settings and the flag of the same name, with its line of help."""
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+model_flag = partial(flag, "what")
+steps_flag = partial(flag, "how long")
+optim_flag = partial(flag, "optimisation")
+data_flag = partial(flag, "data")
+run_flag = partial(flag, "run")
+
+
+@dataclass
+class Settings:
+    """Hyperparameters of a run, each a flag of train.py; the defaults are those of preset tiny."""
+
+    preset: str = model_flag("tiny", "model size: tiny, small or paper")
+    stage: str = model_flag("", f"one of {', '.join(ALL_STAGES)} (default: the first three)")
+    init_from: str = model_flag("", "model.pt or Stable Diffusion folder to start from")
+    trainable: str = model_flag("", 'train only the parameters that match, e.g. "adaptor|temporal|fps"')
+    frames: int = model_flag(0, "frames of a clip; 0 = as the preset")
+    vae_steps: int = steps_flag(800, "training steps of stage vae; 0 leaves it out")
+    image_steps: int = steps_flag(300, "training steps of stage image")
+    video_steps: int = steps_flag(3400, "training steps of stage video")
+    cascade_steps: int = steps_flag(2000, "training steps of stage interpolate or upscale")
+    batch_size: int = optim_flag(16, "clips per step of all processes (stage image: times --frames)")
+    vae_batch_size: int = optim_flag(12, "frames per step of stage vae")
+    accumulate: int = optim_flag(1, "micro-batches per step: less memory, more time")
+    lr: float = optim_flag(2.5e-3, "peak learning rate of AdamW in the U-Net")
+    vae_lr: float = optim_flag(3e-3, "peak learning rate of AdamW in the VAE")
+    muon_lr: float = optim_flag(0.02, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
+    video_lr_scale: float = optim_flag(5.0, "learning rate of the video layers, times --lr")
+    warmup: int = optim_flag(50, "steps over which the learning rate rises")
+    ema: float = optim_flag(0.995, "decay of the moving average of the weights")
+    kl_weight: float = optim_flag(2e-3, "weight of the VAE's KL term")
+    thumbnail: float = optim_flag(0.1, "weight of the VAE's thumbnail loss, see tiny.py")
+    text_dropout: float = optim_flag(0.1, "fraction of captions dropped, for guidance")
+    precision: str = optim_flag("fp32", "fp32, or bf16 with weights in float32")
+    gradient_checkpointing: bool = optim_flag(False, "recompute activations in the backward pass")
+    data: str = data_flag("shapes", 'folder of clips, or "shapes"')
+    frame_store: str = data_flag("runs/frames", "where the decoded frames of a folder are kept")
+    cache: int = data_flag(3600, "clips whose latents stay in memory; 0 = encoded every step")
+    save_every: int = run_flag(500, "steps between checkpoints")
+    sample_every: int = run_flag(500, "steps between pictures and held-out losses; 0 = none")
+    seed: int = run_flag(0, "of weights, data and noise")
+
+    def steps(self, stage: str) -> int:
+        """Return the number of training steps of a stage."""
+        return getattr(self, f"{stage if stage in BASE_STAGES else 'cascade'}_steps")
+
+
+GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "thumbnail": 0.0, "video_lr_scale": 1.0,
+                "kl_weight": 1e-4, "cascade_steps": 50_000}
+PRESET_SETTINGS = {
+    "tiny": {},
+    "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4,
+              "ema": 0.9995, "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000,
+              "video_steps": 100_000},
+    "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5,
+              "ema": 0.9999, "warmup": 1000, "precision": "bf16", "gradient_checkpointing": True,
+              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
+}
+
+
+def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
+    """Parse the command line -> all flags, and those of them that are settings."""
+    parser = argparse.ArgumentParser(
+        description="Trains MagicVideo; without flags vae, image and video, on embedded shapes.")
+    groups = {}
+    for f in fields(Settings):
+        name = f.metadata["group"]
+        groups[name] = groups.get(name) or parser.add_argument_group(name)
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        shown = f" (default: {f.default})" if f.default != "" else ""
+        groups[name].add_argument("--" + f.name.replace("_", "-"), **kind,
+                                  default=argparse.SUPPRESS, help=f.metadata["help"] + shown)
+    groups["run"].add_argument("--out", help="folder (default: a new one, runs/DATA, runs/DATA-2)")
+    groups["run"].add_argument("--resume", action="store_true", help="go on with the run in --out")
+    groups["run"].add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    groups["run"].add_argument("--ranks", type=int, help="processes on a CPU (default: the cores)")
+    flags = parser.parse_args(arguments)
+    given = {f.name: getattr(flags, f.name) for f in fields(Settings) if hasattr(flags, f.name)}
+    return flags, given
+
+
+def check(s: Settings) -> None:
+    """Raise InputError for a setting out of range, before anything is made."""
+    choices = {"preset": [*PRESETS], "stage": ["", *ALL_STAGES], "precision": ["fp32", "bf16"]}
+    highest = {"ema": 1, "text_dropout": 1, "seed": 2**32 - 1}
+    for f in fields(Settings):
+        value = getattr(s, f.name)
+        name = "--" + f.name.replace("_", "-")
+        least = int(f.name in ("batch_size", "vae_batch_size", "accumulate", "save_every"))
+        most = highest.get(f.name, 2**62)
+        if value not in choices.get(f.name, [value]):
+            raise InputError(f'{name} "{value}": use {", ".join(filter(None, choices[f.name]))}')
+        if f.type in (int, float) and not least <= value <= most:
+            raise InputError(f"{name} {value}: give a number from {least} to {most}")
+    if s.stage not in ("", "vae") and not s.init_from:
+        raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a step reads
+
+
+def make_generator(seed: int, stage: str, *place: int) -> torch.Generator:
+    """Make the generator of a place in the run, the same whenever it is asked for."""
+    number = seed
+    for part in (ALL_STAGES.index(stage), *place):
+        number = (number * 1_000_003 + part + 1) % 2**63
+    return torch.Generator().manual_seed(number)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, stage: str, epoch: int) -> list[int]:
+    """Shuffle the items of an epoch."""
+    return torch.randperm(count, generator=make_generator(seed, stage, 0, epoch)).tolist()
+
+
+def read_batch(clips: ClipDataset, size: int, step: int, stage: str, s: Settings,
+               micro: int = 0) -> tuple[dict, Callable]:
+    """Read this process's shard of a batch, and make the function that draws its random numbers.
+
+    Where shards would be uneven items are repeated with weight 0. Weights are such that the mean over
+    the processes of weighted sums, which DistributedDataParallel takes, is the mean over the batch.
+    """
+    shards = world() * s.accumulate
+    shard = list(range(rank() * s.accumulate + micro, size, shards))
+    padding = [0] * (-(-size // shards) - len(shard))
+    items = []
+    for n in shard + padding:
+        epoch, place = divmod(step * size + n, len(clips))
+        clips.set_epoch(epoch)
+        items.append(clips[epoch_order(len(clips), s.seed, stage, epoch)[place]])
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    key = "z0" if "z0" in batch else "video"
+    batch[key] = torch.stack(batch[key])
+    batch["fps"] = torch.tensor(batch["fps"])
+    batch["weight"] = torch.tensor([1.0] * len(shard) + [0.0] * len(padding)) * world() / size
+    generator = make_generator(s.seed, stage, 1, step)
+
+    def random(draw: Callable, *shape: int) -> Tensor:
+        """Draw for the whole batch and keep the shard: random(torch.randn, 3, 4) is (b, 3, 4)."""
+        return draw((size, *shape), generator=generator)[shard + padding]
+
+    return batch, random
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+
+
+class StageLoss(nn.Module):
+    """What each stage minimises: a batch -> the error of each clip (b,), its timesteps or None.
+
+    One module, so that DistributedDataParallel can average the gradients of its parameters.
+    """
+
+    def __init__(self, model: MagicVideo, network: nn.Module, stage: str, s: Settings):
+        super().__init__()
+        self.model = model
+        self.network = network
+        self.stage = stage
+        self.s = s
+
+    def forward(self, batch: dict, random: Callable, frames: int) -> tuple[Tensor, Tensor | None]:
+        """Compute the loss of the stage on `frames` frames in a row of each clip."""
+        key = "z0" if "z0" in batch else "video"
+        x = batch[key]
+        first = random(partial(torch.randint, x.shape[1] - frames + 1)).tolist()
+        x = torch.stack([clip[i : i + frames] for clip, i in zip(x, first)]).to(self.model.device)
+        if self.stage == "vae":
+            return self.vae(x, random)
+        if key == "video" and self.stage != "upscale":
+            x = self.model.encode(x)
+        t = random(partial(torch.randint, self.model.diffusion.num_steps))
+        context = self.model.encode_text([
+            "" if u < self.s.text_dropout else caption  # trains the unconditional branch of guidance
+            for u, caption in zip(random(torch.rand).tolist(), batch["caption"])])
+        fps = batch["fps"].to(self.model.device)
+        if self.stage in cascade.CASCADE_STAGES:
+            return self.network.loss(x, context, fps, t, random), t
+        # E || eps - eps_hat(z_t, t, context, fps) ||^2 (paper §3.2); the image model has no fps
+        eps = random(torch.randn, *x.shape[1:]).to(x)
+        fps = None if self.stage == "image" else fps
+        return self.model.diffusion.loss(self.network, x, context, fps, t, eps), t
+
+    def vae(self, video: Tensor, random: Callable) -> tuple[Tensor, None]:
+        """Reconstruction + KL (paper §3, VideoVAE; squared error is ours: SD's terms need weights)."""
+        vae = self.model.vae
+        mean, logvar = vae.encode(video)
+        z = vae.sample_latents(mean, logvar, random(torch.randn, *mean.shape[1:]).to(mean))
+        # KL(q(z | frame) || N(0, 1)) = (mean^2 + sigma^2 - 1 - log sigma^2) / 2
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
+        loss = (vae.decode(z) - video).square().mean((1, 2, 3, 4)) + self.s.kl_weight * kl
+        return loss, None
+
+
+# --------------------------------------------------------------------------------------------------
 # A stage
 
 
-def trained_parts(model: MagicVideo, stage: str, s: Settings) -> list[dict]:
-    """What a stage trains, as groups of an optimizer, "factor" times the learning rate each.
+def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Settings) -> list[dict]:
+    """List what a stage trains, as groups of an optimizer that begin at step "start".
 
-    Stable Diffusion's text encoder and VAE encoder stay as they are, and with --train new all of its weights; without
-    them the text encoder trains with the U-Net. The new parts start at zero and have far to go in few steps, so
-    they can learn faster (both ours). Raises InputError for a --freeze that names no weight, or leaves none to train.
+    Stable Diffusion's text encoder and VAE encoder are never trained; otherwise the text encoder
+    trains with the U-Net. Layers that start at zero learn faster (both ours: the paper is silent).
+    Raises InputError for a --trainable that leaves none.
     """
-    part = {"vae": model.vae, "interpolate": model.interpolator, "upscale": model.upscaler}.get(stage, model.unet)
-    frozen = [piece for piece in s.freeze.split(",") if piece]
-    for piece in frozen:
-        if not any(piece in name for name, _ in model.named_parameters()):
-            raise InputError(f'--freeze "{piece}": no weight has that in its name; try adaptor, or temporal')
-    free = [(name, p) for name, p in part.named_parameters() if not any(piece in name for piece in frozen)
-            and not (s.decoder_only and name.startswith(("encoder.", "quant_conv.")))]
-    new, image = ([p for name, p in free if is_new_part(name) == kind] for kind in (True, False))
-    if not free:
-        raise InputError(f'--freeze "{s.freeze}": leaves nothing to train in stage {stage}; freeze less')
-    if stage == "vae":  # Stable Diffusion's latents must stay what its U-Net knows
-        return [{"params": new if model.config.pretrained and not s.decoder_only else image + new, "factor": 1.0}]
-    text = [] if model.config.pretrained or stage in LATER else list(model.text_encoder.parameters())
-    groups = [] if s.train == "new" else [{"params": image + text, "factor": 1.0}]
-    if stage in ("video", "interpolate"):
-        groups.append({"params": new, "factor": s.new_parts_lr})
-    return groups
+    named = [*network.named_parameters()]
+    if stage in ("image", "video") and not model.config.pretrained:
+        named += [(f"text_encoder.{name}", p) for name, p in model.text_encoder.named_parameters()]
+    named = [(name, p) for name, p in named if re.search(s.trainable, name)]
+    image = [p for name, p in named if not is_video_parameter(name)]
+    video = [p for name, p in named if is_video_parameter(name)]
+    if stage == "vae" and model.config.pretrained:  # latents must stay what the U-Net knows
+        image = []
+    if stage == "image":
+        video = []
+    if not image and not video:
+        raise InputError(f'--trainable "{s.trainable}": matches nothing that stage {stage} trains')
+    # Stage vae sees single frames first, since frames of a clip are too similar to teach the encoder
+    # more than one of them does, and clips in its last fifth, for the temporal layers (ours).
+    clips_only = stage != "vae" or not any(name.startswith("encoder.") for name, _ in named)
+    start = 0 if clips_only or not image else int(0.8 * s.vae_steps)
+    return [{"params": image, "lr_scale": 1.0, "start": 0},
+            {"params": video, "lr_scale": s.video_lr_scale, "start": start}]
 
 
-def measure_scaling(model: MagicVideo, clips: Dataset, s: Settings) -> float:
-    """1 / standard deviation of the latents of 64 clips, so that diffusion sees about N(0, 1) (as SD's 0.18215)."""
-    some = torch.randperm(len(clips), generator=rng(s.seed, 0, 2))[:64].tolist()
-    items = [encode(model, clips[i]) for i in some]
-    mean, logvar = (torch.cat([item[name] for item in items]) for name in ("mean", "logvar"))
-    return float(1 / (mean.var() + s.latent_noise**2 * logvar.exp().mean()).sqrt())
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Rise linearly, then fall to 0 as half a cosine."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-@contextmanager
-def stop_signals():
-    """A list that fills on Ctrl-C or SIGTERM, so that the step at hand is finished and saved first."""
-    stop = []
-    before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:
+    """Put what a trained stage leaves, besides its weights, in the model."""
+    if stage in cascade.CASCADE_STAGES:
+        model.cascade[stage] = network.state_dict()
+    if stage == "vae" and any(p.requires_grad for p in model.vae.encoder.parameters()):
+        # 1 / standard deviation of the latents, as SD's 0.18215 is
+        chosen = range(0, len(clips), max(1, len(clips) // 64))[:64]
+        videos = (clips[i]["video"][None].to(model.device) for i in chosen)
+        with torch.no_grad():
+            std = torch.cat([model.vae.encode(video)[0] for video in videos]).std()
+        model.config.vae.scaling_factor = float(1 / std)
 
 
-def step_batches(model: MagicVideo, source: Dataset, stage: str, s: Settings, first: int):
-    """What this rank reads in each step from `first` on: lists of (place in the batch of all ranks, (epoch, item))."""
-    for step in range(first, s.steps(stage)):
-        size = s.batch_size * (source.frames if isinstance(source, Frames) else 1)
-        if stage == "vae":
-            size = max(1, s.vae_batch_size // vae_frames(model, step, s))
-        yield share(indices(len(source), size * world(), step, s.seed, EVERY.index(stage)))
-
-
-def prepare(model: MagicVideo, stage: str, s: Settings, resumed: dict | None) -> tuple[list, list, MovingAverage, int]:
-    """What a stage needs: the weights that it trains, their optimizers and moving average, and its first step.
-
-    New, or as they were in `resumed`, a checkpoint.
-    """
-    groups = trained_parts(model, stage, s)
-    parameters = [p for group in groups for p in group["params"]]
-    for p in model.parameters():
-        p.requires_grad_(False)
-    for p in parameters:
+def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
+            resumed: dict | None) -> tuple[list, list, EMA]:
+    """Choose what trains -> parameters, optimizers, moving average: new, or as they were saved."""
+    for p in [*model.parameters(), *network.parameters()]:
         p.requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, Level):
-            module.checkpointing = s.gradient_checkpointing
-    optimizers, average = make_optimizers(model, groups, s.muon_lr > 0), MovingAverage(parameters, s.ema)
-    if not resumed:
-        return parameters, optimizers, average, 0
-    for optimizer, state in zip(optimizers, resumed["optimizers"]):
-        optimizer.load_state_dict(state)
-    average.count, average.values = resumed["step"], [value.to(model.device) for value in resumed["average"]]
-    return parameters, optimizers, average, resumed["step"]
+    groups = parameter_groups(model, network, stage, s)
+    parameters = [p for group in groups for p in group["params"]]
+    for p in {*model.parameters(), *network.parameters()} - {*parameters}:
+        p.requires_grad_(False)
+    if s.gradient_checkpointing:
+        for level in network.modules():
+            if isinstance(level, Level):
+                level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
+    optimizers = build_optimizers([network, model.text_encoder], groups, s.muon_lr > 0)
+    ema = EMA(parameters, s.ema)
+    if resumed:
+        network.load_state_dict(resumed["network"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
+        ema.shadow = [average.to(model.device) for average in resumed["ema"]]
+        ema.count = resumed["step"]
+    return parameters, optimizers, ema
 
 
-def train_stage(model: MagicVideo, clips: Dataset, source: Dataset, stage: str, s: Settings, out: Path,
-                resumed: dict | None) -> None:
-    """Trains one stage (paper §3) on `source`, `clips` or their latents; leaves the weights' average in the model.
+def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset | None, stage: str,
+                s: Settings, out: Path, resumed: dict | None) -> None:
+    """Train one stage (paper §3) and leave the moving average of the weights in the model.
 
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
-    parameters, optimizers, average, first = prepare(model, stage, s, resumed)
-    steps, highest = s.steps(stage), s.vae_lr if stage == "vae" else s.lr
-    autocast = partial(torch.autocast, model.device.type, torch.bfloat16, s.precision == "bf16", cache_enabled=False)
-    together = min(s.parts, torch.get_num_threads()) if model.device.type == "cpu" and not s.compile else 1
-    if stage == "image" and isinstance(source, Latents):
-        source = Frames(source)  # of different clips
-    reader = read(source, step_batches(model, source, stage, s, first), 0 if isinstance(source, Latents) else s.workers)
-    started, waited, lead = time.time(), 0.0, rank() == 0
-    bar = tqdm(range(first, steps), desc=f"{stage:6}", initial=first, total=steps, unit="step", dynamic_ncols=True,
-               disable=not lead)
-    with (stop_signals() as stop, closing(reader),
-          ThreadPoolExecutor(together, "part", torch.set_flush_denormal, (True,)) as pool):
+    network = model.vae if stage == "vae" else model.unet
+    if stage in cascade.CASCADE_STAGES:
+        network = cascade.build(model, stage)
+    parameters, optimizers, ema = prepare(model, network, stage, s, resumed)
+    stage_loss = compute_loss = StageLoss(model, network, stage, s)
+    if world() > 1:
+        compute_loss = DistributedDataParallel(stage_loss, find_unused_parameters=stage == "vae")
+    source = clips
+    if s.cache and stage in ("image", "video", "interpolate"):
+        source = LatentCache(model, clips, s.cache if s.data == "shapes" else max(s.cache, len(clips)),
+                             rank(), world())
+
+    steps = s.steps(stage)
+    peak_lrs = (s.vae_lr if stage == "vae" else s.lr, s.muon_lr)
+    started = time.time()
+    bar = tqdm(range(ema.count, steps), f"{stage:6}", steps, initial=ema.count, dynamic_ncols=True,
+               disable=rank() > 0)
+    with stop_signals() as stop:
         for step in bar:
-            for optimizer, top in zip(optimizers, (highest, s.muon_lr)):
+            for optimizer, peak_lr in zip(optimizers, peak_lrs):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["factor"] * learning_rate(step, steps, top, s.warmup)
-            asked = time.time()
-            items = next(reader)
-            waited += time.time() - asked
+                    start = min(group["start"], step)
+                    group["lr"] = group["lr_scale"] * learning_rate(
+                        step - start, steps - start, peak_lr, s.warmup)
+
+            size, frames = s.batch_size, clips.frames
+            if stage == "image":
+                size, frames = s.batch_size * clips.frames, 1
             if stage == "vae":
-                losses = [(1.0, lambda: (vae_loss(model, items, step, s), []))]
-            else:
-                items = items if stage == "upscale" else latents_of(model, items, stage)
-                parts = [items[k :: s.parts] for k in range(min(s.parts, len(items)))]
-                losses = [(len(part) / len(items), partial(unet_loss, model, part, step, s, stage)) for part in parts]
-            loss, bands = backward(losses, parameters, pool, autocast)
-            shared = torch.tensor([loss, len(stop)]).to(parameters[0])
-            average_over_ranks([shared, *(p.grad for p in parameters if p.grad is not None)])
-            loss, stop_of_all = shared.tolist()
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step} of stage {stage}: lower "
-                                 f"--{'vae-lr' if stage == 'vae' else 'lr'}; {out} keeps its last checkpoint")
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                frames = 1 if step < optimizers[0].param_groups[1]["start"] else clips.frames
+                size = max(1, s.vae_batch_size // frames)
+            total = torch.zeros(2)  # the loss of the batch, and who was told to stop
+            for micro in range(s.accumulate):
+                batch, random = read_batch(source, size, step, stage, s, micro)
+                with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
+                    errors, t = compute_loss(batch, random, frames)  # (b,)
+                    loss = (errors * batch["weight"].to(errors)).sum()
+                loss.backward()
+                total[0] += loss.item() / world()
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            total[1] = len(stop)
+            if world() > 1:
+                dist.all_reduce(total)
+            if not math.isfinite(total[0] + norm):
+                lower = "--vae-lr" if stage == "vae" else "--lr"
+                lower += " and --muon-lr" if s.muon_lr else ""
+                raise InputError(f"stage {stage}, step {step}: the loss is {total[0]:.4g}, its "
+                                 f"gradient {norm:.4g}; lower {lower} ({out} is as last saved)")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            average.update()
+            ema.update()
 
+            bar.set_postfix(loss=f"{total[0]:.4f}", refresh=False)
+            stopping = total[1] > 0
             last = step + 1 == steps
-            stopping = bool(stop if world() == 1 else stop_of_all)  # a signal from here on is for the next step
-            if lead:
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                rate, seconds = optimizers[0].param_groups[0]["lr"], time.time() - started
-                log(out / "log.csv", stage, step + 1, loss, rate, seconds, bands, waited)
-            save = lead and (last or stopping or (step + 1) % s.save_every == 0)
-            show = lead and s.sample_every and (last or (step + 1) % s.sample_every == 0)
-            if save:
-                write_checkpoint(out / "checkpoint.pt", {
-                    "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
-                    "step": step + 1, "model": model.contents(), "average": average.values,
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-            if save or show:
-                average.swap()
-                if save:
-                    model.save(out / "model.pt")
-                if show:
-                    curves(out / "log.csv", out / "loss.png")
-                    picture(out / "samples" / f"{stage}-{step + 1:06d}.png", model, clips, stage)
-                average.swap()
+            row = {"stage": stage, "step": step + 1, "loss": f"{total[0]:.6f}",
+                   "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
+                   "seconds": f"{time.time() - started:.1f}",
+                   **loss_by_timestep_bin(errors, t, model.diffusion.num_steps)}
+            if rank() == 0 and s.sample_every and (last or (step + 1) % s.sample_every == 0):
+                with ema.applied():
+                    row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
+                    save_samples(out / "samples" / f"{stage}-{step + 1:06d}.png", model, network,
+                                 stage, held_out)
+            if rank() == 0:
+                append_log(out / "log.csv", row)
+            if rank() == 0 and (last or stopping or (step + 1) % s.save_every == 0):
+                save_run(out, model, network, stage, step + 1, optimizers, ema, clips, s)
             if stopping:
                 raise KeyboardInterrupt
-        if stop and world() == 1:  # while the last step was saved
-            raise KeyboardInterrupt
-    average.swap()
-    if stage == "vae" and not (model.config.pretrained or s.decoder_only):
-        model.config.vae.scaling_factor = measure_scaling(model, clips, s)
+    ema.swap()
+    hand_over(model, network, stage, clips)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def held_out_loss(stage_loss: StageLoss, held_out: ClipDataset, frames: int) -> str:
+    """Compute the loss of a stage on at most 16 clips never trained on, at the same noise always."""
+    size = min(len(held_out), 16)
+    batch, random = read_batch(held_out, size, 0, stage_loss.stage, replace(stage_loss.s, seed=0))
+    errors, _ = stage_loss(batch, random, frames)
+    return f"{errors.mean():.6f}"
+
+
+@torch.no_grad()
+def save_samples(path: Path, model, network, stage: str, clips) -> None:
+    """Draw how far a stage is: rows of clips, and under them what the stage makes of them.
+
+    In stages image and video samples of ten steps stand alone.
+    """
+    items = [clips[i] for i in range(min(len(clips), 4))]
+    captions = [item["caption"] for item in items]
+    videos = torch.stack([item["video"] for item in items]).to(model.device)
+    if stage == "vae":
+        rows = [videos, model.decode(model.encode(videos))]
+    elif stage in ("image", "video"):
+        rows = [model.sample(captions, fps=None if stage == "image" else 8, steps=10)]
+    else:
+        rows = network.preview(model, videos, captions, items[0]["fps"])
+    write_clip(path, film_strip(torch.cat(rows))[None], fps=1)
+
+
+def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step: int,
+             optimizers: list, ema: EMA, clips: ClipDataset, s: Settings) -> None:
+    """Write checkpoint.pt, from which the run goes on, and model.pt, as if it ended here."""
+    save_checkpoint(out / "checkpoint.pt", {
+        "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
+        "step": step, "model": model.state(), "network": network.state_dict(), "ema": ema.shadow,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    scaling_factor = model.config.vae.scaling_factor
+    with ema.applied():
+        hand_over(model, network, stage, clips)
+        model.save(out / "model.pt")
+    model.config.vae.scaling_factor = scaling_factor
+    plot_losses(out / "log.csv", out / "loss.png")
+
+
+# --------------------------------------------------------------------------------------------------
 # A run
 
 
-def new_folder(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2, -3 and so on: the first that does not exist."""
-    folder, n = Path("runs") / name, 1
-    while folder.exists():
-        n += 1
-        folder = Path("runs") / f"{name}-{n}"
-    return folder
-
-
-def report(folder: str, frames: int) -> None:
-    """--check-data: a line for every clip that cannot be used; raises InputError if there is one."""
-    if folder == "shapes":
-        raise InputError("--check-data: the embedded shapes are no files; add --data FOLDER")
-    bad = check_clips(folder, frames)
-    print(*bad, sep="\n")
-    if bad:
-        raise InputError(f"--check-data: {folder} cannot be used as it is, see the {len(bad)} lines above")
-    print(f"{folder}: every clip can be decoded and has {frames} frames or more")
-
-
-def run_of(flags: argparse.Namespace, given: dict) -> tuple[Settings, Path, dict | None]:
-    """A new run or one that goes on: its settings, its folder, and the checkpoint it goes on from.
-
-    Raises InputError where a new run would write over another, and where one goes on with other settings.
-    """
-    if not (flags.resume or restarted() and (Path(flags.out or "") / "checkpoint.pt").is_file()):
-        preset = "paper" if Path(given.get("init_from") or "-").is_dir() else given.get("preset", "tiny")
-        s = Settings(**{**PRESET_SETTINGS.get(preset, {}), **given})
-        check(s)
-        out = Path(flags.out) if flags.out else new_folder(Path(s.data).resolve().name)
-        if (out / "checkpoint.pt").exists() or (out / "model.pt").exists():
-            raise InputError(f"--out {out} holds a run already: add --resume to go on with it, or name another folder")
-        return s, out, None
-    out = Path(flags.out or "")
-    if not flags.out or not (out / "checkpoint.pt").is_file():
-        raise InputError(f"--resume: no checkpoint.pt in {flags.out or '--out'}; name a run's folder with --out")
-    resumed = read_checkpoint(out / "checkpoint.pt", "magicvideo-training")
+def resume(out: Path, given: dict) -> tuple[Settings, dict]:
+    """Read the settings and the checkpoint of the run in `out`; InputError for other settings."""
+    if not (out / "checkpoint.pt").is_file():
+        raise InputError(f"--resume: no checkpoint.pt in --out {out}; name a run's folder")
+    resumed = load_checkpoint(out / "checkpoint.pt", "magicvideo-training")
     try:
         s = Settings(**json.loads(resumed["settings"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{out}/checkpoint.pt: of another version than this code ({error}); start anew with "
-                         f"--init-from {out}/model.pt, or use the code that wrote it") from error
+        raise InputError(f"{out}/checkpoint.pt: made by another version of this code ({error}); "
+                         f"start anew with --init-from {out}/model.pt") from error
     for name, value in given.items():
         if value != getattr(s, name):
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
                              f"{getattr(s, name)} and goes on with it; leave the flag out")
-    return s, out, resumed
+    return s, resumed
 
 
-def start_from(path: str, frames: int) -> MagicVideo:
-    """--init-from: a Stable Diffusion folder, made ready for `frames` (0 = 16), or a model.pt, which knows its own."""
-    if Path(path).is_dir():
-        return MagicVideo.from_stable_diffusion(path, frames or 16)
-    model = MagicVideo.load(path)
-    if frames not in (0, model.config.unet.frames):
-        raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames} frames, and its adaptors hold "
-                         f"one scale and shift for each (paper §3.2.1); leave it out")
-    return model
+def start(given: dict) -> tuple[Settings, MagicVideo | None]:
+    """Make the settings of a new run, and load the model that it starts from, if any."""
+    model = None
+    if path := given.get("init_from"):
+        frames = given.get("frames", 0)
+        is_folder = Path(path).is_dir() and not (Path(path) / "model.pt").is_file()
+        model = (MagicVideo.from_stable_diffusion(path, frames or 16) if is_folder
+                 else MagicVideo.load(path))
+        if frames not in (0, model.config.unet.frames):
+            raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames}, and its "
+                             f"adaptors hold one scale and shift for each; leave it out")
+        given = {"preset": model.config.preset, **given}
+    s = Settings(**{**PRESET_SETTINGS.get(given.get("preset", ""), {}), **given})
+    check(s)
+    return s, model
+
+
+def open_clips(s: Settings, config: MagicVideoConfig) -> tuple[ClipDataset, ClipDataset]:
+    """Open the data set -> clips to train on, and every tenth, at least one, held out (ours)."""
+    frames = s.frames or config.unet.frames
+    size = config.size
+    rate_multiplier = 1
+    if s.stage == "interpolate":
+        frames = cascade.NEW_FRAMES + 2
+        rate_multiplier = cascade.NEW_FRAMES + 1
+    if s.stage == "upscale":
+        frames = 1
+        size = cascade.SCALE * config.size
+    if s.data == "shapes":
+        return tuple(ShapesDataset(split, frames, size, s.seed, rate_multiplier=rate_multiplier)
+                     for split in ("train", "test"))
+    clips = ClipFolder(s.data, frames, size, s.seed, store=s.frame_store)
+    if rank() == 0:
+        print(clips.summary())
+    numbers = range(len(clips))
+    held_out = [*numbers[9::10]] or [numbers[-1]]
+    return clips.subset([i for i in numbers if i not in held_out] or held_out), clips.subset(held_out)
+
+
+def stages_of(s: Settings, model: MagicVideo) -> list[str]:
+    """List the stages of a run: the one asked for, or the first three that the model needs."""
+    if s.stage:
+        return [s.stage]
+    skipped = []
+    if model.config.pretrained:
+        skipped = ["image"]
+    elif s.init_from:
+        skipped = ["vae"]
+        if rank() == 0:
+            print(f"stage vae is left out: the VAE of {s.init_from} stays; --stage vae trains it")
+    return [stage for stage in BASE_STAGES if s.steps(stage) and stage not in skipped]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Set-up, the stages, a last line that says where everything is."""
-    flags, given = read_flags(arguments)
-    torch.set_flush_denormal(True)  # numbers near zero, which many weights become, would make a CPU slow
-    keep_freed_memory()
-    device = own_device(choose_device(flags.device))
-    join(device)
-    say = print if rank() == 0 else lambda text: None
+    """Set up, train the stages, and say where everything is."""
+    flags, given = read_flags(sys.argv[1:] if arguments is None else arguments)
+    torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
+    device = pick_device(flags.device)
     if world() > 1 and not flags.out:
-        raise InputError("torchrun: add --out FOLDER, so that all processes, and a run that is restarted, find it")
-
-    s, out, resumed = run_of(flags, given)
-    if flags.check_data:
-        return report(s.data, s.frames or PRESETS[s.preset].unet.frames)
-    torch.manual_seed(s.seed)
-    # three ways to start: from a run's checkpoint, from a model, from nothing
-    model = None
-    if resumed:
-        model = MagicVideo.from_contents(resumed.pop("model"), out / "checkpoint.pt")
-    elif s.init_from:
-        model = start_from(s.init_from, s.frames)
-
-    config = model.config if model else PRESETS[s.preset]
-    frames = s.frames or config.unet.frames
-    frames, size, between = {"interpolate": (BETWEEN + 2, config.size, BETWEEN),
-                             "upscale": (1, FACTOR * config.size, 0)}.get(s.stage, (frames, config.size, 0))
-    if s.data == "shapes":
-        clips = ShapesDataset("train", frames, size, s.seed, between=between)
+        raise InputError("torchrun: add --out FOLDER, so that all processes find it")
+    out = Path(flags.out or new_folder(Path(given.get("data", "shapes")).resolve().name))
+    has_run = (out / "checkpoint.pt").exists()
+    resumed = None
+    if flags.resume or has_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        s, resumed = resume(out, given)
+        model = MagicVideo.from_state(resumed.pop("model"), out / "checkpoint.pt")
+    elif has_run or (out / "model.pt").exists():
+        raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
-        clips = ClipFolder(s.data, frames, size, s.seed)
-        say(clips.summary())
-    model = model or MagicVideo.from_preset(s.preset, frames, [caption for caption in clips.captions if caption])
-    if s.stage in LATER:
-        model.add_later(s.stage)
-    elif model.config.later and not s.decoder_only:
-        say(f"{', '.join(model.config.later)}: learned with the text and latents of before; train them anew")
-    model = model.to(device).train()
-    if s.compile:
-        for unet in (model.unet, model.interpolator, model.upscaler):
-            if unet:
-                unet.compile()
-
-    stages = [s.stage] if s.stage else [x for x in STAGES if x != "image" or not model.config.pretrained]
-    stages = [stage for stage in stages if s.steps(stage)]
-    if resumed:
-        stages = stages[stages.index(resumed["stage"]):]
-        if rank() == 0:
-            forget(out / "log.csv", resumed["stage"], resumed["step"])
-        say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
-    started, source = time.time(), clips
-    count = s.cache if s.data == "shapes" else max(s.cache, len(clips))  # of a folder every clip, the more often cut
+        s, model = start(given)
+    clips, held_out = open_clips(s, model.config if model else PRESETS[s.preset])
+    processes = []
+    if arguments is None and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
+        count = flags.ranks or min(os.cpu_count(), s.batch_size)
+        processes = start_ranks(count, [*sys.argv, "--out", str(out), "--device", "cpu"])
     try:
-        for stage in stages:
-            if stage not in ("vae", "upscale") and source is clips and s.cache:
-                source = Latents(model, clips, count, out / "latents.pt")
-            train_stage(model, clips, source, stage, s, out, resumed if resumed and stage == resumed["stage"] else None)
-    except RuntimeError as error:  # torch says so wherever the program is at that moment
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(f"--workers {s.workers}: a process that reads clips has ended ({str(error).splitlines()[0]}); "
-                         f"go on with: python train.py --resume --out {out}") from error
+        device = join_ranks(device)
+        torch.manual_seed(s.seed)
+        if not model:
+            captions = [caption for caption in clips.captions if caption]
+            model = MagicVideo.from_preset(s.preset, s.frames, captions)
+            initialise(model.text_encoder, model.vae)
+        train(model.to(device).train(), clips, held_out, s, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
-        raise InputError(f"stopped; go on with: python train.py --resume --out {out}" if saved
-                         else "stopped before the first checkpoint; nothing was written") from None
+        raise InputError(f"stopped; go on with: python train.py --resume --out {shlex.quote(str(out))}"
+                         if saved else "stopped before the first checkpoint") from None
+    except RuntimeError as error:
+        if world() == 1 or "onnection" not in str(error):
+            raise
+        raise InputError(f"another process has ended ({str(error).splitlines()[0][:60]}); go on from "
+                         f"the last checkpoint with --resume --out {out}") from error
+    finally:
+        for process in processes:  # they have ended, or this one has failed and they wait for it
+            process.kill()
+
+
+def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
+          resumed: dict | None) -> None:
+    """Train all stages of a run and write its model."""
+    started = time.time()
+    stages = stages_of(s, model)
+    if resumed:
+        stages = stages[stages.index(resumed["stage"]) :]
+        if rank() == 0:
+            truncate_log(out / "log.csv", resumed["stage"], resumed["step"])
+            print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+    for stage in stages:
+        is_resumed = resumed and stage == resumed["stage"]
+        train_stage(model, clips, held_out, stage, s, out, resumed if is_resumed else None)
     if rank() == 0:
         model.save(out / "model.pt")
-    leave()
-    prompt = next((caption for caption in clips.captions if caption), "")
-    pictures = f", pictures in {out}/samples" if s.sample_every else ""
-    say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in {out}/log.csv\n"
-          f'next: python sample.py "{prompt}" --checkpoint {out}/model.pt')
+        prompt = next((caption for caption in clips.captions if caption), "")
+        folder = shlex.quote(str(out))
+        print(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt, pictures in "
+              f"{out}/samples, losses in {out}/log.csv\n"
+              f"next: python sample.py {shlex.quote(prompt)} --checkpoint {folder}/model.pt")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The 3D U-Net of MagicVideo (paper §3.2): Stable Diffusion's image U-Net, taught to see a whole clip.
+"""The 3D U-Net of MagicVideo (paper §3.2): Stable Diffusion's image U-Net, taught to see a clip.
 
-Three small things are added to the image model, and each starts without any effect, so that training begins
-from the image model exactly: a `FrameAdaptor` after every 3x3 convolution, a `DirectedTemporalAttention` beside every
-spatial transformer, an `FPSEmbedding` beside the time embedding. Image parts carry diffusers' names; new parts stand in
-parallel lists beside them: no image weight changes its name. Read `diffusion.py` next: what this network is for.
+Three small parts are added to the image model, and each starts without effect, so that training
+begins from the image model exactly: a `FrameAdaptor` after every 3x3 convolution, a
+`DirectedTemporalAttention` beside every spatial transformer, an `FPSEmbedding` added to the time
+embedding. Image parts bear diffusers' names; the video parts stand in parallel lists, so that no
+image weight changes its name. Read `diffusion.py` next: what this network is for.
 """
 
 import math
@@ -13,9 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 MASKS = ("strict", "literal", "bidirectional")
+MAX_BATCH = 65_535  # sequences in one call, the limit of torch's fused CUDA kernels
 
 
 @dataclass
@@ -24,26 +25,25 @@ class UNetConfig:
 
     in_channels: int = 4
     out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level; each level halves the size
-    attention: tuple[bool, ...] = (True, True, True, False)  # the levels with both attentions; the middle has them
-    layers: int = 2  # resnets a level on the way down, one more on the way up
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, half the size each
+    attention: tuple[bool, ...] = (True, True, True, False)  # levels with an ST block
+    layers: int = 2  # resnets of a level in the encoder half, one more in the decoder half
     heads: int = 8
     groups: int = 32  # of every GroupNorm
     context_width: int = 768  # of the text tokens
     frames: int = 16  # the adaptors hold one scale and one shift per frame; 0 = an image model
-    mask: str = "strict"  # of the temporal attention: "strict", "literal" or "bidirectional", see directed_attention
-    noise_level: bool = False  # whether it is told how noisy the picture is that it reads beside z (super-resolution)
+    mask: str = "strict"  # of temporal attention, see `directed_attention`
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What MagicVideo adds
 
 
 class FrameAdaptor(nn.Module):
     """Per-frame affine after a shared 2D convolution: z_i = S_i * conv(z_i) + B_i (paper §3.2.1).
 
-    One scale and one shift per frame and channel, (f, c). They start at 1 and 0, so that an image model stays
-    itself (shape and start are ours: the paper is silent).
+    One scale and one shift per frame and channel, (f, c). They start at 1 and 0, so that an image
+    model stays itself (shape and start are ours: the paper is silent).
     """
 
     def __init__(self, frames: int, channels: int):
@@ -52,45 +52,52 @@ class FrameAdaptor(nn.Module):
         self.shift = nn.Parameter(torch.zeros(frames, channels))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (b, f, c, h, w), or tokens (b, f, n, c) -> same. Raises ValueError if f is not the trained one."""
+        """z (b, f, c, h, w), or tokens (b, f, n, c) -> same. Raises ValueError for another f."""
         frames = len(self.scale)
         if z.shape[1] != frames:
-            raise ValueError(f"{z.shape[1]} frames given, but this model's adaptors hold one scale and shift for each "
-                             f"of {frames} frames (paper §3.2.1): give {frames}, or train for {z.shape[1]}")
-        per_channel = (..., None, None) if z.ndim == 5 else (slice(None), None)
+            raise ValueError(f"{z.shape[1]} frames given, but this model's adaptors hold one scale "
+                             f"and shift for each of {frames} frames (paper §3.2.1): give {frames}")
+        shape = (frames, -1, 1, 1) if z.ndim == 5 else (frames, 1, -1)
+        scale = self.scale.view(shape).to(z.dtype)  # z is bfloat16 under autocast, and stays so
+        shift = self.shift.view(shape).to(z.dtype)
         # z_i = S_i * z_i + B_i
-        return torch.addcmul(self.shift[per_channel], self.scale[per_channel], z)
+        return scale * z + shift
 
 
 def directed_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
-    """Attention over frames in which frame i reads frames 1..i only (paper §3.2.2), q, k, v (n, heads, f, d) -> same.
+    """Attention over frames in which frame i reads frames 1..i only (paper §3.2.2).
 
-    The paper writes A = softmax(Q K^T / sqrt(d)) * M, M lower triangular with rows = queries. To the letter, the
-    product after the softmax ("literal") leaves later frames in the denominator: rows no longer sum to one, and frame 1
-    still feels frame 16. "strict" (ours, default) masks before the softmax: the same weights, each row divided by its
-    sum, and truly "independent of future frames" as the text promises. "bidirectional" has no mask (ours, to compare).
+    q, k, v (n, heads, f, d) -> same. The paper writes A = softmax(Q K^T / sqrt(d)) * M, M lower
+    triangular with rows = queries. To the letter, the product after the softmax ("literal") leaves
+    later frames in the denominator: rows no longer sum to one, and frame 1 still feels frame 16.
+    "strict" (ours, default) masks before the softmax: the same weights, each row divided by its
+    sum, and truly "independent of future frames" as the text promises. "bidirectional" has no mask
+    (ours, for interpolation).
     """
-    # strict: A = softmax(Q K^T / sqrt(d) + log M), out = A V; bidirectional: M is one everywhere
-    if mask != "literal":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "strict")
-    # literal: A = softmax(Q K^T / sqrt(d)) * M, out = A V
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
+    if mask == "literal":
+        # A = softmax(Q K^T / sqrt(d)) * M, out = A V
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
+    # strict: A = scores.masked_fill(M == 0, -inf).softmax(-1), out = A V, fused in one call
+    parts = zip(q.split(MAX_BATCH), k.split(MAX_BATCH), v.split(MAX_BATCH))
+    causal = mask == "strict"
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=causal) for qkv in parts])
 
 
 class DirectedTemporalAttention(nn.Module):
-    """T-Attn(LN(z)): every pixel's short sequence of frames attends to itself, past to present (paper §3.2.2).
+    """T-Attn(LN(z)): each pixel's sequence of frames attends to its past and present (§3.2.2).
 
-    Frames mix at equal (h, w) only. There is no frame position: order comes from the mask and the adaptors, as in the
-    paper. The output projection starts at zero, weight and bias (ours: the paper is silent). Raises ValueError for an
-    unknown mask.
+    Frames mix at equal (h, w) only. There is no frame position: order comes from the mask and the
+    adaptors, as in the paper. The output projection starts at zero, weight and bias (ours: the
+    paper is silent). Raises ValueError for an unknown mask.
     """
 
     def __init__(self, channels: int, heads: int, mask: str = "strict"):
         super().__init__()
         if mask not in MASKS:
             raise ValueError(f'mask "{mask}" is unknown: use {", ".join(MASKS)}')
-        self.heads, self.mask = heads, mask
+        self.heads = heads
+        self.mask = mask
         self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
@@ -102,21 +109,23 @@ class DirectedTemporalAttention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (b, f, c, h, w) -> what to add to z, the same shape."""
         b, f, c, h, w = z.shape
-        tokens = self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)  # one sequence per pixel: its f frames
-        # (b*h*w, heads, f, c/heads) each
-        q, k, v = (split_heads(to(tokens), self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        # one short sequence per pixel: its f frames
+        tokens = self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)
+        q = split_heads(self.to_q(tokens), self.heads)  # (b*h*w, heads, f, c/heads)
+        k = split_heads(self.to_k(tokens), self.heads)
+        v = split_heads(self.to_v(tokens), self.heads)
         out = self.to_out(merge_heads(directed_attention(q, k, v, self.mask)))  # (b*h*w, f, c)
         return out.reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's parts, in diffusers' names, and the FPS embedding beside its like
+# --------------------------------------------------------------------------------------------------
+# Stable Diffusion's parts, in diffusers' names; FPSEmbedding shares TimestepEmbedding's code
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
-    """Positions x (b,) -> [cos, sin] waves (b, width) of periods 2 pi .. 20000 pi, in float32 (matches SD)."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    """Waves [cos, sin] of periods 2 pi .. 20000 pi, float32: x (b,) -> (b, width) (matches SD)."""
+    exponents = torch.arange(width // 2, dtype=torch.float32, device=x.device) / (width // 2)
+    frequencies = torch.exp(-math.log(10000) * exponents)
     angles = x.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -132,7 +141,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def per_frame(layer: nn.Module, z: Tensor) -> Tensor:
-    """An image layer on every frame by itself: z (b, f, c, h, w) -> (b, f, c', h', w')."""
+    """Apply an image layer to every frame: z (b, f, c, h, w) -> (b, f, c', h', w')."""
     return layer(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
@@ -151,9 +160,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class FPSEmbedding(TimestepEmbedding):
-    """emb_v = Linear(SiLU(Linear(Sin(v)))), v in frames per second: fps (b,) -> (b, 4c) (paper §3.2, FPS).
+    """emb_v = Linear(SiLU(Linear(Sin(v)))), v frames per second: fps (b,) -> (b, 4c) (paper §3.2).
 
-    It is added to the time embedding, and its last layer starts at zero (both ours: the paper is silent).
+    Added to the time embedding, its last layer zero at the start (both ours: the paper is silent).
     """
 
     def __init__(self, channels: int):
@@ -163,9 +172,9 @@ class FPSEmbedding(TimestepEmbedding):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a residual, the time embedding added between them (matches SD; paper §3.2.1).
+    """Two 3x3 convolutions with a residual, the time embedding added between them (matches SD).
 
-    Video: each convolution is followed by its own `FrameAdaptor`.
+    Video: each convolution is followed by its own `FrameAdaptor` (paper §3.2.1).
     """
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
@@ -178,7 +187,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, z: Tensor, emb: Tensor, adaptors: nn.ModuleList | None) -> Tensor:
-        """z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), two adaptors or None -> (b, f, c_out, h, w)."""
+        """z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), two adaptors or None -> z_out."""
         x = per_frame(self.conv1, F.silu(per_frame(self.norm1, z)))  # (b, f, c_out, h, w)
         x = adaptors[0](x) if adaptors else x
         x = x + self.time_emb_proj(F.silu(emb))[..., None, None]
@@ -188,7 +197,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (n, l, c) to context (n, m, d) -> (n, l, c); to itself where d is c (matches SD)."""
+    """Multi-head attention of x (n, l, c) to context (n, m, d) -> (n, l, c) (matches SD)."""
 
     def __init__(self, channels: int, context_width: int, heads: int):
         super().__init__()
@@ -196,43 +205,43 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_width, channels, bias=False)
         self.to_v = nn.Linear(context_width, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since SD's name is to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # SD's name is to_out.0
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q = split_heads(self.to_q(x), self.heads)
+        k = split_heads(self.to_k(context), self.heads)
+        v = split_heads(self.to_v(context), self.heads)
         return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
 class GEGLU(nn.Module):
-    """(n, c) -> (n, 4c): the first half of the projection is the value, the second half its gate (matches SD)."""
+    """(n, c) -> (n, 4c): value * GELU(gate), value and gate from one projection (matches SD)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.proj = nn.Linear(channels, 8 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # two products with half the weight each: the same as chunking one product, without a copy of it on the way back
-        (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        return F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate))
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """GEGLU and a linear layer back to c; index 1 of SD's list is a dropout without weights (matches SD)."""
+    """GEGLU and a linear layer back to c; SD's list has a dropout, without weights, at index 1."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        out = nn.Linear(4 * channels, channels)
+        self.net = nn.Sequential(GEGLU(channels), nn.Identity(), out)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.net:
-            x = layer(x)
-        return x
+        return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """S-Attn(z) = Cross-Attn(LN(MHSA(LN(z)))) with SD's residuals and feed-forward (paper §3.2.2; matches SD).
+    """S-Attn(z) = Cross-Attn(LN(MHSA(LN(z)))) with SD's residuals and feed-forward (paper §3.2.2).
 
-    Video: the paper's figure (§3.2.1) draws a second adaptor set after the self-attention of each frame.
+    Video: the paper's figure (§3.2.1) draws a second adaptor after each frame's self-attention.
     """
 
     def __init__(self, channels: int, config: UNetConfig):
@@ -251,12 +260,13 @@ class TransformerBlock(nn.Module):
         x = self.attn1(x, x).unflatten(0, (b, f))  # (b, f, h*w, c)
         tokens = tokens + (adaptor(x) if adaptor else x)
         # every frame reads the same text, so all f*h*w queries of a clip share one set of keys
-        tokens = tokens + self.attn2(self.norm2(tokens).flatten(1, 2), context).unflatten(1, (f, n))
+        x = self.attn2(self.norm2(tokens).flatten(1, 2), context)
+        tokens = tokens + x.unflatten(1, (f, n))
         return tokens + self.ff(self.norm3(tokens))
 
 
 class SpatialTransformer(nn.Module):
-    """Norm, projection, one TransformerBlock over each frame's pixels, projection, sum (paper §3.2.2; matches SD)."""
+    """S-Attn with its norm, projections and residual around it (paper §3.2.2; matches SD)."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -268,13 +278,15 @@ class SpatialTransformer(nn.Module):
     def forward(self, z: Tensor, context: Tensor, adaptor: FrameAdaptor | None) -> Tensor:
         """z (b, f, c, h, w), context (b, l, d) -> the same shape as z."""
         b, f, c, h, w = z.shape
-        tokens = per_frame(self.proj_in, per_frame(self.norm, z)).flatten(3).transpose(2, 3)  # (b, f, h*w, c)
+        tokens = per_frame(self.proj_in, per_frame(self.norm, z))
+        tokens = tokens.flatten(3).transpose(2, 3)  # (b, f, h*w, c)
         tokens = self.transformer_blocks[0](tokens, context, adaptor)
-        return z + per_frame(self.proj_out, tokens.transpose(2, 3).unflatten(3, (h, w)))  # (b, f, c, h, w)
+        tokens = tokens.transpose(2, 3).unflatten(3, (h, w))  # (b, f, c, h, w)
+        return z + per_frame(self.proj_out, tokens)
 
 
 class Downsample(nn.Module):
-    """(n, c, h, w) -> (n, c, h/2, w/2) by a convolution of stride 2, padding 1 (matches SD's U-Net)."""
+    """(n, c, h, w) -> (n, c, h/2, w/2): convolution of stride 2, padding 1 (matches SD's U-Net)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -295,145 +307,142 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The levels and the network
 
 
 class Level(nn.Module):
-    """The layers of one resolution: image parts and, in parallel lists, what the video model adds to each of them.
-
-    With `checkpointing` what a layer computed inside is not kept but made again on the way back: much less memory, a
-    third more time, the same gradients.
-    """
-
-    checkpointing = False
+    """The layers of one resolution: image parts and, in parallel lists, the video parts."""
 
     def __init__(self, inputs: list[int], c: int, attentions: int, config: UNetConfig):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, config) for c_in in inputs)
         self.attentions = nn.ModuleList(SpatialTransformer(c, config) for _ in range(attentions))
-        # the video parts
-        self.resnet_adaptors = nn.ModuleList(
-            nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(2)) for _ in inputs)
-        self.attention_adaptors = nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(attentions))
-        self.temporal_attentions = nn.ModuleList(
-            DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions if config.frames else 0))
-
-    def run(self, i: int, *inputs) -> Tensor:
-        """Layer i, checkpointed where that is asked for."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.layer, i, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self.layer(i, *inputs)
+        if config.frames:
+            self.resnet_adaptors = nn.ModuleList(
+                nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(2)) for _ in inputs)
+            self.attention_adaptors = nn.ModuleList(
+                FrameAdaptor(config.frames, c) for _ in range(attentions))
+            self.temporal_attentions = nn.ModuleList(
+                DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions))
 
     def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
-        """Resnet i and, where there is one, the ST block i (paper §3.2.2, and figure of the 3D U-Net).
+        """Resnet i and, where there is one, the ST block i (paper §3.2.2 and figure).
 
-        z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), context (b, l, d) -> (b, f, c, h, w).
+        z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), context (b, l, d) -> z_out.
         """
         z = self.resnets[i](z, emb, self.resnet_adaptors[i] if video else None)  # (b, f, c, h, w)
         if i >= len(self.attentions):
             return z
         if not video:
             return self.attentions[i](z, context, None)
-        # z_out = S-Attn(z) + T-Attn(z): two parallel branches that read the same tensor (paper §3.2.2)
-        return self.attentions[i](z, context, self.attention_adaptors[i]) + self.temporal_attentions[i](z)
+        # z_out = S-Attn(z) + T-Attn(z): two parallel branches that read the same tensor (§3.2.2)
+        s_attn = self.attentions[i](z, context, self.attention_adaptors[i])
+        return s_attn + self.temporal_attentions[i](z)
 
     def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
         for i in range(len(self.resnets)):
-            z = self.run(i, z, emb, context, video)
+            z = self.layer(i, z, emb, context, video)
         return z
 
 
 class DownLevel(Level):
-    """A level on the way down: every layer's output is kept for the way up; all but the last level halve the size."""
+    """A level of the encoder half: each layer's output is a skip; all but the last downsample."""
 
     def __init__(self, c_in: int, c: int, attention: bool, last: bool, config: UNetConfig):
-        super().__init__([c_in] + [c] * (config.layers - 1), c, config.layers if attention else 0, config)
+        inputs = [c_in] + [c] * (config.layers - 1)
+        super().__init__(inputs, c, config.layers if attention else 0, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c)])
-        self.downsampler_adaptors = nn.ModuleList([] if last else [FrameAdaptor(config.frames, c)])
+        if config.frames and not last:
+            self.downsampler_adaptors = nn.ModuleList([FrameAdaptor(config.frames, c)])
 
-    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
+    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool,
+                skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            z = self.run(i, z, emb, context, video)
+            z = self.layer(i, z, emb, context, video)
             skips.append(z)
-        for downsample, adaptor in zip(self.downsamplers, self.downsampler_adaptors):
-            z = per_frame(downsample, z)  # (b, f, c, h/2, w/2)
-            z = adaptor(z) if video else z
+        if self.downsamplers:
+            z = per_frame(self.downsamplers[0], z)  # (b, f, c, h/2, w/2)
+            z = self.downsampler_adaptors[0](z) if video else z
             skips.append(z)
         return z
 
 
 class UpLevel(Level):
-    """A level on the way up: every layer reads a kept output beside its input; all but the last double the size."""
+    """A level of the decoder half: each layer reads a skip; all but the last upsample."""
 
     def __init__(self, inputs: list[int], c: int, attention: bool, last: bool, config: UNetConfig):
         super().__init__(inputs, c, len(inputs) if attention else 0, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c)])
-        self.upsampler_adaptors = nn.ModuleList([] if last else [FrameAdaptor(config.frames, c)])
+        if config.frames and not last:
+            self.upsampler_adaptors = nn.ModuleList([FrameAdaptor(config.frames, c)])
 
-    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool, skips: list[Tensor]) -> Tensor:
+    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool,
+                skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
             z = torch.cat([z, skips.pop()], dim=2)  # (b, f, c + c_skip, h, w)
-            z = self.run(i, z, emb, context, video)  # (b, f, c, h, w)
-        for upsample, adaptor in zip(self.upsamplers, self.upsampler_adaptors):
-            z = per_frame(upsample, z)  # (b, f, c, 2h, 2w)
-            z = adaptor(z) if video else z
+            z = self.layer(i, z, emb, context, video)  # (b, f, c, h, w)
+        if self.upsamplers:
+            z = per_frame(self.upsamplers[0], z)  # (b, f, c, 2h, 2w)
+            z = self.upsampler_adaptors[0](z) if video else z
         return z
 
 
 class UNet3D(nn.Module):
-    """The noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat, like z (paper §3.2).
+    """Noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (§3.2).
 
-    Where frames are not equally noisy, t is (b, f). Without fps it is the image model: each frame by itself, any number
-    of them, no new part used (training stage "image"); `level` (b,) is for super-resolution alone. GroupNorm sees one
-    frame at a time, so with strict masks the whole network is causal in the frames.
+    t can be (b, f), a timestep a frame. Without fps it is the image model: each frame by itself,
+    any number of them, no video part used. GroupNorm sees one frame at a time, so with strict masks
+    the whole network is causal in the frames.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        c, last = config.channels, len(config.channels) - 1
+        c = config.channels
+        n = len(c)
         self.conv_in = nn.Conv2d(config.in_channels, c[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(c[0])
         self.down_blocks = nn.ModuleList(
-            DownLevel(c[max(i - 1, 0)], c[i], config.attention[i], i == last, config) for i in range(last + 1))
+            DownLevel(c[max(i - 1, 0)], c[i], config.attention[i], i == n - 1, config)
+            for i in range(n))
         self.mid_block = Level([c[-1], c[-1]], c[-1], 1, config)
 
-        # widths of the kept outputs, in the order they are made; the way up takes them from the end
-        kept = [c[0]] + [width for i in range(last + 1) for width in [c[i]] * (config.layers + (i < last))]
-        self.up_blocks, z_width = nn.ModuleList(), c[-1]
-        for i in reversed(range(last + 1)):
+        # widths of the skips, in the order they are made; the decoder half takes them from the end
+        skips = [c[0]]
+        for i in range(n):
+            skips += [c[i]] * (config.layers + (i < n - 1))
+        self.up_blocks = nn.ModuleList()
+        z_width = c[-1]
+        for i in reversed(range(n)):
             inputs = []
             for _ in range(config.layers + 1):
-                inputs.append(z_width + kept.pop())
+                inputs.append(z_width + skips.pop())
                 z_width = c[i]
             self.up_blocks.append(UpLevel(inputs, c[i], config.attention[i], i == 0, config))
         self.conv_norm_out = nn.GroupNorm(config.groups, c[0], eps=1e-5)
         self.conv_out = nn.Conv2d(c[0], config.out_channels, 3, padding=1)
-        # the video parts outside the levels
-        self.conv_in_adaptor = FrameAdaptor(config.frames, c[0])
-        self.conv_out_adaptor = FrameAdaptor(config.frames, config.out_channels)
-        self.fps_embedding = FPSEmbedding(c[0])
-        self.level_embedding = TimestepEmbedding(c[0]) if config.noise_level else None
+        if config.frames:  # the video parts outside the levels
+            self.conv_in_adaptor = FrameAdaptor(config.frames, c[0])
+            self.conv_out_adaptor = FrameAdaptor(config.frames, config.out_channels)
+            self.fps_embedding = FPSEmbedding(c[0])
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None,
-                level: Tensor | None = None) -> Tensor:
-        """Raises ValueError if f is not the trained number of frames, or h or w cannot be halved often enough."""
-        video, factor = fps is not None, 2 ** (len(self.down_blocks) - 1)
-        if z.shape[-2] % factor or z.shape[-1] % factor:
-            raise ValueError(f"latents of {z.shape[-2]} x {z.shape[-1]} given: both must be multiples of {factor}")
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None) -> Tensor:
+        """Raises ValueError for another number of frames than the adaptors'."""
         emb = self.time_embedding(t.flatten()).unflatten(0, (len(t), -1))  # (b, 1 or f, 4c)
-        if video:
+        if fps is not None:
             emb = emb + self.fps_embedding(fps)[:, None]
-        if level is not None:
-            emb = emb + self.level_embedding(level)[:, None]
+        return self.layers(z, emb, context, fps is not None)
+
+    def layers(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
+        """Run all layers on z (b, f, c, h, w) with embedding emb (b, 1 or f, 4 * channels[0])."""
         z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
         z = self.conv_in_adaptor(z) if video else z
         skips = [z]
-        for block in self.down_blocks:
-            z = block(z, emb, context, video, skips)
+        for level in self.down_blocks:
+            z = level(z, emb, context, video, skips)
         z = self.mid_block(z, emb, context, video)
-        for block in self.up_blocks:
-            z = block(z, emb, context, video, skips)
-        z = per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, z)))  # (b, f, out_channels, h, w)
+        for level in self.up_blocks:
+            z = level(z, emb, context, video, skips)
+        z = per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, z)))
         return self.conv_out_adaptor(z) if video else z

@@ -1,9 +1,9 @@
 """VideoVAE (paper §3, VideoVAE): Stable Diffusion's autoencoder with a decoder that sees the clip.
 
-The encoder is the image encoder, frame by frame. The decoder gets two `DirectedTemporalAttention` layers against
-flicker, and by a switch two residual (3,1,1) convolutions. All of them start at zero, so an image VAE stays itself.
-A secondary summary of the paper speaks of "3D convolution with skip connections". Skips from encoder to decoder cannot
-exist in generation, where there is no encoder: ours are the residuals around each layer. Read `clip_text.py` next.
+The encoder is the image encoder, frame by frame. The decoder has two `DirectedTemporalAttention`
+layers against flicker, the paper's "pixel dithering". They are causal, although the decoder has all
+latents at hand, since the paper calls them directed. Each starts at zero, so that an image VAE
+stays itself. Read `clip_text.py` next.
 """
 
 from dataclasses import dataclass
@@ -12,64 +12,61 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet3d import DirectedTemporalAttention
+from unet3d import DirectedTemporalAttention, Upsample
 
 
 @dataclass
 class VAEConfig:
     """Sizes of the VideoVAE; the defaults are Stable Diffusion 1.x."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level; all but the last halve the size
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level; all but the last downsample
     latent_channels: int = 4
-    layers: int = 2  # resnets a level in the encoder, one more in the decoder
+    layers: int = 2  # resnets of a level in the encoder, one more in the decoder
     groups: int = 32  # of every GroupNorm
-    scaling_factor: float = 0.18215  # 1 / standard deviation of the latents, so that diffusion sees about N(0, 1)
-    temporal_attention: bool = True  # two layers in the decoder
-    temporal_conv: bool = False  # a residual (3,1,1) convolution beside each of them
+    scaling_factor: float = 0.18215  # 1 / standard deviation of the latents
 
 
 class VideoVAE(nn.Module):
-    """Frames to latents an eighth of the size and back, shapes as in SD: (b, f, 3, h, w) <-> (b, f, 4, h/8, w/8).
+    """Frames to latents and back, (b, f, 3, h, w) <-> (b, f, 4, h/8, w/8) (paper §3, VideoVAE).
 
-    `encode` returns the raw posterior as SD's encoder does; `sample_latents` draws from it and scales by
-    `scaling_factor`; `decode` takes such scaled latents. Every GroupNorm has eps 1e-6 (matches SD).
-    The decoder sees the clip (paper, VideoVAE).
+    `encode` returns the posterior, `sample_latents` draws from it and multiplies by
+    `scaling_factor`, so that diffusion sees about N(0, 1), and `decode` takes such latents (matches
+    SD).
     """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        c = config.latent_channels
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
         self.decoder = Decoder(config)
-        # log-variances start near -6: with noise of size one the decoder would first learn to ignore the latents (ours)
-        nn.init.constant_(self.quant_conv.bias[config.latent_channels :], -6.0)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Video (b, f, 3, h, w) in [-1, 1] -> mean, logvar of q(z | frame), each (b, f, 4, h/8, w/8), unscaled.
+        """Video (b, f, 3, h, w) in [-1, 1] -> mean, logvar, each (b, f, 4, h/8, w/8), unscaled.
 
-        Every frame by itself: no layer mixes frames (paper §3). Raises ValueError if h or w is not a multiple of 8.
+        Every frame by itself (paper §3). Raises ValueError for sizes that are no multiple of 8.
         """
         factor = 2 ** (len(self.config.channels) - 1)
         if video.shape[-2] % factor or video.shape[-1] % factor:
-            raise ValueError(f"frames of {video.shape[-2]} x {video.shape[-1]}: both must be multiples of {factor}")
-        moments = self.quant_conv(self.encoder(video.flatten(0, 1))).unflatten(0, video.shape[:2])
-        mean, logvar = moments.chunk(2, dim=2)  # (b, f, 4, h/8, w/8) each
+            raise ValueError(f"{video.shape[-2]} x {video.shape[-1]}: give multiples of {factor}")
+        moments = self.quant_conv(self.encoder(video.flatten(0, 1)))  # (b*f, 8, h/8, w/8)
+        mean, logvar = moments.unflatten(0, video.shape[:2]).chunk(2, dim=2)
         return mean, logvar.clamp(-30, 20)
 
     def sample_latents(self, mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-        """z = (mean + sigma * eps) * scaling_factor, all of one shape: latents as diffusion sees them (matches SD)."""
+        """Draw z = (mean + sigma * eps) * scaling_factor, all of one shape (matches SD)."""
         return (mean + (0.5 * logvar).exp() * eps) * self.config.scaling_factor
 
-    def decode(self, latents: Tensor, temporal: bool = True) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (b, f, 4, h, w) -> video (b, f, 3, 8h, 8w), about [-1, 1], not clamped.
 
-        Without the `temporal` layers it is the image decoder, frame by frame (matches SD).
+        A clip of one frame is an image: the temporal layers act where there are more (matches SD).
         """
         b, f = latents.shape[:2]
-        x = self.post_quant_conv((latents / self.config.scaling_factor).flatten(0, 1))  # (b*f, 4, h, w)
-        return self.decoder(x, f, temporal).unflatten(0, (b, f))
+        x = self.post_quant_conv((latents / self.config.scaling_factor).flatten(0, 1))
+        return self.decoder(x, f).unflatten(0, (b, f))
 
 
 class Encoder(nn.Module):
@@ -77,10 +74,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        c, last = config.channels, len(config.channels) - 1
+        c = config.channels
         self.conv_in = nn.Conv2d(3, c[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownLevel(c[max(i - 1, 0)], c[i], i == last, config) for i in range(last + 1))
+            DownLevel(c[max(i - 1, 0)], c[i], i == len(c) - 1, config) for i in range(len(c)))
         self.mid_block = MidBlock(c[-1], config)
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 2 * config.latent_channels, 3, padding=1)
@@ -93,10 +90,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (b*f, 4, h, w) of clips of f frames -> frames (b*f, 3, 8h, 8w) (matches SD but for the temporal layers).
+    """Latents (b*f, 4, h, w) of clips of f frames -> frames (b*f, 3, 8h, 8w) (paper §3, VideoVAE).
 
-    The paper's VideoVAE puts two temporal layers into the decoder; their places are ours: after the middle block and
-    after the first up block, where the maps are small.
+    SD's decoder and two temporal layers, each a residual. Their places are ours: after the middle
+    block and after the first up block, where the maps are small.
     """
 
     def __init__(self, config: VAEConfig):
@@ -110,46 +107,31 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(c[-1], 3, 3, padding=1)
         # the video parts; both places have width c[0]
         self.temporal_attentions = nn.ModuleList(
-            DirectedTemporalAttention(c[0], heads=1) for _ in range(2 * config.temporal_attention))
-        self.temporal_convs = nn.ModuleList(TemporalConv(c[0]) for _ in range(2 * config.temporal_conv))
+            DirectedTemporalAttention(c[0], heads=1) for _ in range(2))
 
-    def forward(self, x: Tensor, frames: int, temporal: bool = True) -> Tensor:
+    def forward(self, x: Tensor, frames: int) -> Tensor:
         x = self.mid_block(self.conv_in(x))
-        x = self.temporal(0, x, frames) if temporal else x
+        x = self.temporal(0, x, frames)
         for i, level in enumerate(self.up_blocks):
             x = level(x)  # (b*f, c, 2h, 2w)
-            if i == 0 and temporal:
+            if i == 0:
                 x = self.temporal(1, x, frames)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def temporal(self, place: int, x: Tensor, frames: int) -> Tensor:
-        """The temporal layers of one place, each a residual that starts at zero: x (b*f, c, h, w) -> the same."""
+        """x + T-Attn(LN(x)) over the frames of each clip, x (b*f, c, h, w) -> the same."""
+        if frames == 1:
+            return x
         z = x.unflatten(0, (-1, frames))  # (b, f, c, h, w)
-        for layers in (self.temporal_convs, self.temporal_attentions):
-            if layers:
-                z = z + layers[place](z)
-        return z.flatten(0, 1)
+        return (z + self.temporal_attentions[place](z)).flatten(0, 1)
 
 
-class TemporalConv(nn.Module):
-    """A (3,1,1) convolution over neighbouring frames, zero at the start: z (b, f, c, h, w) -> the same (ours)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.conv(z.transpose(1, 2)).transpose(1, 2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's parts, in diffusers' names. Like the U-Net's, but no time embedding and another eps.
+# --------------------------------------------------------------------------------------------------
+# Stable Diffusion's parts, in diffusers' names: no time embedding, and eps 1e-6 in every GroupNorm
 
 
 class ResnetBlock(nn.Module):
-    """x (n, c_in, h, w) -> (n, c_out, h, w): two 3x3 convolutions around a residual (matches SD)."""
+    """x (n, c_in, h, w) -> (n, c_out, h, w): two 3x3 convolutions with a residual (matches SD)."""
 
     def __init__(self, c_in: int, c_out: int, config: VAEConfig):
         super().__init__()
@@ -166,7 +148,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One-head self-attention over the pixels of an image, residual included: (n, c, h, w) -> same (matches SD)."""
+    """One-head self-attention over pixels, with residual: (n, c, h, w) -> same (matches SD)."""
 
     def __init__(self, channels: int, config: VAEConfig):
         super().__init__()
@@ -174,11 +156,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since SD's name is to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # SD's name is to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (n, h*w, c)
-        q, k, v = (to(tokens)[:, None] for to in (self.to_q, self.to_k, self.to_v))  # (n, 1, h*w, c): one head
+        q = self.to_q(tokens)[:, None]  # (n, 1, h*w, c): one head
+        k = self.to_k(tokens)[:, None]
+        v = self.to_v(tokens)[:, None]
         out = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])  # (n, h*w, c)
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -196,7 +180,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(n, c, h, w) -> (n, c, h/2, w/2): pad right and bottom by one zero, stride 2 (matches SD's VAE)."""
+    """(n, c, h, w) -> (n, c, h/2, w/2): pad right and bottom, stride 2 (matches SD's VAE)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -206,19 +190,8 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """(n, c, h, w) -> (n, c, 2h, 2w): nearest neighbour, then a convolution (matches SD)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class DownLevel(nn.Module):
-    """Resnets of one resolution, then half the size, except at the last level (matches SD)."""
+    """Resnets of one resolution, then downsampling except at the last level (matches SD)."""
 
     def __init__(self, c_in: int, c_out: int, last: bool, config: VAEConfig):
         super().__init__()
@@ -233,7 +206,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """One resnet more than on the way down, then twice the size, except at the last level (matches SD)."""
+    """A resnet more than in the encoder, then upsampling except at the last level (matches SD)."""
 
     def __init__(self, c_in: int, c_out: int, last: bool, config: VAEConfig):
         super().__init__()

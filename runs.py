@@ -1,0 +1,184 @@
+"""What surrounds the loop of `train.py`: the files of a run and its processes (all ours).
+
+A run writes OUT/model.pt, checkpoint.pt, log.csv, loss.png (with matplotlib) and samples/. Its ranks
+are the processes of torchrun, or those that `start_ranks` starts on a CPU with several cores.
+"""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from data import InputError
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_checkpoint(path: str | Path, contents: dict) -> None:
+    """Write a file whole or not at all: to a temporary name, flushed, then renamed.
+
+    Raises InputError where it cannot be written, on a full disk for example.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(contents, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}), what was saved "
+                         f"before is whole; make room or choose another --out") from error
+
+
+def new_folder(name: str) -> Path:
+    """Return runs/NAME, or runs/NAME-2, -3 and so on: the first that does not exist."""
+    folder = Path("runs") / name
+    n = 1
+    while folder.exists():
+        n += 1
+        folder = Path("runs") / f"{name}-{n}"
+    return folder
+
+
+BINS = 4  # of the timestep: t in [0, 250), [250, 500), [500, 750), [750, 1000)
+COLUMNS = ("stage", "step", "loss", "held_out_loss", "learning_rate", "seconds",
+           *(f"loss_bin_{i}" for i in range(BINS)))
+
+
+def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, float]:
+    """Average the errors (b,) of clips in each bin of their timesteps t (b,), where there are any.
+
+    At little noise the loss is about detail, at much noise about what the caption says.
+    """
+    if t is None:
+        return {}
+    bins = (t * BINS // num_steps).to(errors.device)
+    return {f"loss_bin_{i}": f"{errors[bins == i].mean().item():.6f}"
+            for i in range(BINS) if (bins == i).any()}
+
+
+def append_log(path: Path, row: dict) -> None:
+    """Add a row to log.csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def truncate_log(path: Path, stage: str, step: int) -> None:
+    """Remove the rows of log.csv after this step, which a resumed run repeats."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [line.split(",")[:2] for line in lines]
+        last = max((i for i, row in enumerate(rows) if row == [stage, str(step)]),
+                   default=len(lines) - 1)
+        part = path.with_name(f".{path.name}")
+        part.write_text("".join(lines[: last + 1]))
+        part.replace(path)
+
+
+def plot_losses(log: Path, picture: Path) -> None:
+    """Draw log.csv, a column for each stage: the loss, by bins of t, and held out.
+
+    Without matplotlib nothing is drawn.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
+    labels = {f"loss_bin_{i}": f"t in quarter {i + 1}" for i in range(BINS)}
+    labels |= {"loss": "all", "held_out_loss": "held out"}
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
+        for name, label in labels.items():
+            points = [(int(row["step"]), float(row[name])) for row in rows
+                      if row["stage"] == stage and row[name]]
+            width = -(-len(points) // 100)  # single steps are noisy: means of neighbours
+            means = [[sum(values) / len(values) for values in zip(*points[i : i + width])]
+                     for i in range(0, len(points), width or 1)]
+            if means:
+                axes.plot(*zip(*means), label=label, color="black" if name == "loss" else None)
+        axes.set(title=f"stage {stage}", xlabel="step", ylabel="loss", yscale="log")
+        axes.legend()
+    part = picture.with_name(f".{picture.name}")
+    FigureCanvasAgg(figure).print_png(part)
+    part.replace(picture)
+
+
+@contextmanager
+def stop_signals():
+    """Collect Ctrl-C and SIGTERM in a list, so that the step at hand is finished and saved first."""
+    stop = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.append(True)) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
+def rank() -> int:
+    """Return which of the processes this is, 0 where it is the only one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks(count: int, arguments: list[str]) -> list[subprocess.Popen]:
+    """Start this command again as ranks 1 .. count - 1 of torchrun; this process becomes rank 0.
+
+    Two processes of one thread each keep two cores busier than one process of two threads, since the
+    matrices of a small network are small.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, os.cpu_count() // count)
+    torch.set_num_threads(threads)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(threads),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [subprocess.Popen([sys.executable, *arguments], env={**os.environ, "RANK": str(i)})
+            for i in range(1, count)]
+
+
+def join_ranks(device: torch.device) -> torch.device:
+    """Wait for the other processes, if there are any; returns this one's device."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world() > 1:
+        store, number, count = next(rendezvous("env://"))
+        # torchrun keeps one store for all its restarts: without a prefix ranks would connect to the
+        # addresses of processes that are dead
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    return device

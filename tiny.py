@@ -1,0 +1,287 @@
+"""What a 64-pixel model trained from nothing in minutes needs beyond the paper, and why (all ours).
+
+Preset `tiny` alone trains so; `small` and `paper` train and sample as `diffusion.py` says. Each
+trick was measured (docs/measurements.md); a reader of the paper can leave all of them out.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import ClipDataset
+from diffusion import SAMPLERS, Diffusion, DiffusionConfig, Generators, cast, seeded_randn
+
+
+class VDiffusion(Diffusion):
+    """Diffusion whose last step is pure noise (Lin et al. 2023), by a network that predicts v.
+
+    A fifteenth of the signal is left in Stable Diffusion's z_{T-1}. Averaged over the similar
+    frames of a clip it gives the object's place away in training, and in sampling it is not there.
+    Without signal eps says nothing of z_0, so the network predicts v (Salimans and Ho 2022).
+    Sampling in a few steps must begin at pure noise too, which is why `cascade.py` uses this class.
+    """
+
+    def __init__(self, config: DiffusionConfig | None = None):
+        super().__init__(config)
+        # sqrt(alpha_bar) shifted and scaled until its last value is 0; the first stays
+        root = self.alphas_cumprod.sqrt()
+        self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+    def timesteps(self, steps: int) -> list[int]:
+        """List the visited t: "trailing" spacing, from T-1, for 50 999, 979 .. 19 (Lin et al.)."""
+        if not 1 <= steps <= self.num_steps:
+            raise ValueError(f"{steps} sampling steps: give 1 to {self.num_steps}")
+        return [round(self.num_steps - i * self.num_steps / steps) - 1 for i in range(steps)]
+
+    def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Return v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, shaped like z0."""
+        alpha_bar = self.alpha_bar(t)
+        return cast(alpha_bar.sqrt(), z0) * eps - cast((1 - alpha_bar).sqrt(), z0) * z0
+
+    def predict_z0_eps(self, z: Tensor, output: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z_0_hat and eps_hat, each shaped like z, from v at step t."""
+        alpha_bar = self.alpha_bar(t)
+        signal = cast(alpha_bar.sqrt(), z)
+        noise = cast((1 - alpha_bar).sqrt(), z)
+        # z_0_hat = sqrt(alpha_bar) z_t - sqrt(1 - alpha_bar) v
+        # eps_hat = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t
+        return signal * z - noise * output, signal * output + noise * z
+
+
+class StaggeredDiffusion(VDiffusion):
+    """Diffusion in which each frame is noisier than the one before it (like AR-Diffusion, Wu 2023).
+
+    With a causal mask frame i cannot see frame i+1. If all frames are equally noisy, each picks an
+    object position independently, and the object jumps. With a lag, frames are denoised one after
+    another, and each sees the earlier frames more clearly than itself. Single frames, the image
+    model without fps, are not staggered.
+    """
+
+    frame_lag = 100  # timesteps between neighbouring frames
+
+    def frame_timesteps(self, t: Tensor, frames: int) -> Tensor:
+        """Turn the timestep t (b,) of a clip into those of its frames, (b, f).
+
+        Below 0 a frame is clean already, above T-1 it is still pure noise.
+        """
+        # t_i = t (T-1 + lag (f-1)) / (T-1) - lag (f - i) for i = 1 .. f: frame f is the noisiest
+        stretched = t + t * self.frame_lag * (frames - 1) // (self.num_steps - 1)
+        return stretched[:, None] - self.frame_lag * torch.arange(frames - 1, -1, -1)
+
+    def loss(self, model, z0, context, fps=None, t=None, eps=None, generator=None) -> Tensor:
+        """Return `Diffusion.loss` over the frames that sampling would denoise at that moment, (b,).
+
+        Frames already clean or still pure noise are left out; what remains is divided by how many
+        frames count on average, so that the mean over any clips estimates one loss.
+        """
+        if fps is None:
+            return super().loss(model, z0, context, fps, t, eps, generator)
+        b, f = z0.shape[:2]
+        t = torch.randint(self.num_steps, (b,), generator=generator) if t is None else t
+        eps = seeded_randn(z0.shape, generator).to(z0) if eps is None else eps
+        unclamped = self.frame_timesteps(t, f)
+        t = unclamped.clamp(0, self.num_steps - 1)  # (b, f)
+        output = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
+        error = (output.to(z0) - self.target(z0, eps, t)).square().mean((2, 3, 4))  # (b, f)
+        every_t = self.frame_timesteps(torch.arange(self.num_steps), f)
+        counted = ((every_t >= 0) & (every_t < self.num_steps)).sum() / self.num_steps
+        return (error * (unclamped == t).to(error)).sum(1) / float(counted)
+
+    @torch.no_grad()
+    def sample(self, model, shape, context, uncond, fps, sampler="ddim", steps=50, guidance=7.5,
+               eta=0.0, generator: Generators = None) -> Tensor:
+        """Walk from noise to z_0 as `Diffusion.sample` does, frame after frame."""
+        if fps is None:
+            return super().sample(model, shape, context, uncond, fps, sampler, steps, guidance, eta,
+                                  generator)
+        if sampler not in SAMPLERS:
+            raise ValueError(f'sampler "{sampler}": use {" or ".join(SAMPLERS)}')
+        z = seeded_randn(shape, generator).to(context)
+        last = self.num_steps - 1
+        timesteps = self.timesteps(steps)
+        pairs = zip(timesteps, [*timesteps[1:], -1])
+        for t, t_prev in tqdm(pairs, "sampling", steps, leave=False, disable=None):
+            t = self.frame_timesteps(torch.full(shape[:1], t), shape[1])  # (b, f)
+            t_prev = self.frame_timesteps(torch.full(shape[:1], t_prev), shape[1])
+            is_active = (t >= 0) & (t_prev < last)  # not yet clean, no longer pure noise
+            t = t.clamp(0, last)
+            t_prev = t_prev.clamp(-1, last)
+            output = self.guided_output(model, z, t, context, uncond, fps, guidance)
+            noise = seeded_randn(shape, generator).to(z) if sampler == "ddpm" or eta > 0 else 0 * z
+            if sampler == "ddim":
+                z_prev = self.ddim_step(z, output, t, t_prev, eta, noise)
+            else:
+                z_prev = self.ddpm_step(z, output, t, t_prev, noise)
+            z = torch.where(is_active.to(z.device)[..., None, None, None], z_prev, z)
+        return z
+
+
+def thumbnail_loss(mean: Tensor, video: Tensor) -> Tensor:
+    """Pull latents (b, f, 4, h/8, w/8) towards a small copy of video (b, f, 3, h, w) -> scalar.
+
+    Channels 0-2 match the downsampled RGB frame, channel 3 has unit variance and no correlation
+    with them. Left alone, a VAE this small lays all colors on one line, yellow next to orange, and
+    the U-Net confuses them.
+    """
+    small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:])
+    small = small.unflatten(0, video.shape[:2])  # (b, f, 3, h/8, w/8)
+    small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as N(0, 1)
+    covariance = mean.transpose(0, 2).flatten(1).cov()  # (4, 4)
+    identity = torch.eye(len(covariance)).to(covariance)
+    decorrelation = (covariance[3:] - identity[3:]).square().mean()
+    return F.mse_loss(mean[:, :, :3], small) + decorrelation
+
+
+@torch.no_grad()
+def initialise(text_encoder: nn.Module, vae: nn.Module) -> None:
+    """Set the weights with which training from nothing starts; loaded weights overwrite them."""
+    text = text_encoder.text_model
+    width = text_encoder.config.width
+    # At CLIP's 0.02 the first steps can make two words alike: single frames say nothing of "left"
+    # and "right", and stage video never told them apart again. At 1, words stay distinct.
+    nn.init.normal_(text.embeddings.token_embedding.weight, std=1.0)
+    nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
+    for layer in text.encoder.layers:
+        attention = layer.self_attn
+        # a normalised input comes out with variance 1, or 1/2 per hidden unit of the MLP (as CLIP)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+        nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        # two outputs a layer are added to the residual stream, whose size shall stay (as CLIP)
+        for linear in (attention.out_proj, layer.mlp.fc2):
+            nn.init.normal_(linear.weight, std=(2 * width * len(text.encoder.layers)) ** -0.5)
+    for module in text.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    # sigma starts at exp(-3): with noise of size 1 the decoder would first learn to ignore latents
+    vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with momentum whose update matrices have singular values near 1 (Jordan et al. 2024).
+
+    For weights of linear layers, and of convolutions as matrices (out, in * kernel); torch's own
+    Muon, from 2.9 on, takes linear layers alone. `lr` is about the spectral norm of an update.
+    """
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all weights; matrices of one shape are orthogonalised in one batch."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.flatten(1).shape, []).append(p)
+            for (rows, columns), weights in by_shape.items():
+                updates = []
+                for p in weights:
+                    # m <- mu m + (1 - mu) g; the update is mu m + (1 - mu) g (Nesterov)
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(m, group["momentum"]).flatten(1))
+                scale = group["lr"] * max(1, rows / columns) ** 0.5
+                for p, update in zip(weights, orthogonalise(torch.stack(updates))):
+                    p.sub_(update.view_as(p), alpha=scale)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Move the singular values of matrices (n, rows, columns) to 0.7 .. 1.2, by Newton-Schulz.
+
+    Five steps of X <- 3.4445 X + (-4.7750 X X^T + 2.0315 (X X^T)^2) X (Jordan et al.).
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        xx = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
+    return x
+
+
+def build_optimizers(modules: list[nn.Module], groups: list[dict],
+                     muon: bool) -> list[torch.optim.Optimizer]:
+    """Make AdamW and, with `muon`, Muon for the weight matrices of `modules` in `groups`.
+
+    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's. Muon's updates have the
+    size that they should have, whatever a group's lr_scale.
+    """
+    matrices = set()
+    for module in modules if muon else []:
+        for name, layer in module.named_modules():
+            is_outermost = name.split(".")[-1] in ("conv_in", "conv_out")
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_outermost:
+                matrices.add(layer.weight)
+    for_adamw = []
+    for_muon = []
+    for group in groups:
+        parameters = group["params"]
+        for_adamw.append({**group, "params": [p for p in parameters if p not in matrices]})
+        for_muon.append({**group, "params": [p for p in parameters if p in matrices],
+                         "lr_scale": 1.0})
+    optimizers = [torch.optim.AdamW(for_adamw, betas=(0.9, 0.99), weight_decay=0.0)]
+    return [*optimizers, Muon(for_muon)] if muon else optimizers
+
+
+class EMA:
+    """Moving average of weights; its decay rises as (1 + n) / (10 + n), to forget the noisy start."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.parameters = parameters
+        self.decay = decay
+        self.count = 0
+        self.shadow = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the weights, after a step of the optimizer."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        for average, p in zip(self.shadow, self.parameters):
+            average.lerp_(p, 1 - decay)  # average <- decay average + (1 - decay) weight
+
+    @contextmanager
+    def applied(self):
+        """Put the averages in the model for a while."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        """Exchange averages and weights."""
+        for i, p in enumerate(self.parameters):
+            p.data, self.shadow[i] = self.shadow[i], p.data
+
+
+class LatentCache(ClipDataset):
+    """Latents of `count` cuts of clips, encoded once: [i] -> {"z0", "caption", "fps"}.
+
+    Each of `world` processes encodes its share.
+    """
+
+    def __init__(self, model, clips: ClipDataset, count: int, rank: int = 0, world: int = 1):
+        items = []
+        for n in tqdm(range(rank, count, world), "encoding", leave=False, disable=rank > 0 or None):
+            clips.set_epoch(n // len(clips))
+            item = clips[n % len(clips)]
+            z0 = model.encode(item.pop("video")[None])[0].cpu()
+            items.append({**item, "z0": z0})
+        shares = [items]
+        if world > 1:
+            shares = [None] * world
+            dist.all_gather_object(shares, items)
+        self.items = [shares[n % world][n // world] for n in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.items[i]
