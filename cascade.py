@@ -92,12 +92,6 @@ class Interpolator(nn.Module):
         eps = random(torch.randn, *z0.shape[1:]).to(z0)
         return self.diffusion.loss(network, z0, context, fps / (NEW_FRAMES + 1), t, eps)
 
-    def preview(self, model: MagicVideo, videos: Tensor, captions: list[str], fps: float) -> list:
-        """Return rows for a picture of progress: five frames each, and with the new frames sampled."""
-        keys = model.encode(videos[:, [0, -1]])
-        z = self.sample(keys, model.encode_text(captions), fps / (NEW_FRAMES + 1))
-        return [videos, model.decode(z)]
-
     @torch.no_grad()
     def sample(self, keys: Tensor, context: Tensor, fps: float, steps: int = 20,
                seed: int = 0) -> Tensor:
@@ -191,12 +185,6 @@ class Upscaler(nn.Module):
         network = with_condition(self.unet, low)
         z0 = RESIDUAL_SCALE * (frames - low)
         return self.diffusion.loss(network, z0, context, level.to(z0.device), t, eps)
-
-    def preview(self, model: MagicVideo, videos: Tensor, captions: list[str], fps: float) -> list:
-        """Return rows for a picture of progress: a frame bicubic, as sampled, as it is."""
-        small = downsample(videos)
-        large = self.sample(small, model.encode_text(captions))
-        return [torch.cat([upsample_bicubic(small), large, videos], dim=1)]
 
     @torch.no_grad()
     def sample(self, videos: Tensor, context: Tensor, steps: int = 4, seed: int = 0) -> Tensor:

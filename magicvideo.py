@@ -177,14 +177,22 @@ class MagicVideo(nn.Module):
         save_checkpoint(path, {"format": "magicvideo", "model": state})
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "MagicVideo":
-        """Load what `save` wrote, or a Stable Diffusion folder. InputError for anything else."""
+    def load(cls, path: str | Path, device: str | torch.device = "cpu",
+             frames: int | None = None) -> "MagicVideo":
+        """Load a model.pt, the folder of a run, or a Stable Diffusion folder, for clips of `frames`.
+
+        Raises InputError for anything else, or where a model makes another number of frames.
+        """
         path = Path(path)
-        if (path / "model.pt").is_file():  # the folder of a run
+        if (path / "model.pt").is_file():
             path = path / "model.pt"
         if path.is_dir():
-            return cls.from_stable_diffusion(path).to(device)
-        return cls.from_state(load_checkpoint(path, "magicvideo")["model"], path).to(device)
+            return cls.from_stable_diffusion(path, frames or 16).to(device)
+        model = cls.from_state(load_checkpoint(path, "magicvideo")["model"], path).to(device)
+        if frames not in (None, model.config.unet.frames):
+            raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames}, and its "
+                             f"adaptors hold one scale and shift for each; leave it out")
+        return model
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:

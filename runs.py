@@ -1,10 +1,11 @@
 """What surrounds the loop of `train.py`: the files of a run and its processes (all ours).
 
-A run writes OUT/model.pt, checkpoint.pt, log.csv, loss.png (with matplotlib) and samples/. Its ranks
-are the processes of torchrun, or those that `start_ranks` starts on a CPU with several cores.
+A run writes OUT/model.pt, checkpoint.pt, log.csv, loss.png (with matplotlib) and samples/. Its
+ranks are the processes of torchrun, or those that `start_ranks` starts on a CPU with several cores.
 """
 
 import csv
+import itertools
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
@@ -45,12 +47,8 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
 
 def new_folder(name: str) -> Path:
     """Return runs/NAME, or runs/NAME-2, -3 and so on: the first that does not exist."""
-    folder = Path("runs") / name
-    n = 1
-    while folder.exists():
-        n += 1
-        folder = Path("runs") / f"{name}-{n}"
-    return folder
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
 
 
 BINS = 4  # of the timestep: t in [0, 250), [250, 500), [500, 750), [750, 1000)
@@ -58,46 +56,26 @@ COLUMNS = ("stage", "step", "loss", "held_out_loss", "learning_rate", "seconds",
            *(f"loss_bin_{i}" for i in range(BINS)))
 
 
-def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, float]:
-    """Average the errors (b,) of clips in each bin of their timesteps t (b,), where there are any.
-
-    At little noise the loss is about detail, at much noise about what the caption says.
-    """
+def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, str]:
+    """Average errors (b,) by their timesteps t (b,): at high t the loss is about the caption."""
     if t is None:
         return {}
-    bins = (t * BINS // num_steps).to(errors.device)
-    return {f"loss_bin_{i}": f"{errors[bins == i].mean().item():.6f}"
-            for i in range(BINS) if (bins == i).any()}
+    errors = [errors[(t * BINS // num_steps).to(errors.device) == i] for i in range(BINS)]
+    return {f"loss_bin_{i}": f"{e.mean():.6f}" for i, e in enumerate(errors) if len(e)}
 
 
 def append_log(path: Path, row: dict) -> None:
     """Add a row to log.csv."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
 
 
-def truncate_log(path: Path, stage: str, step: int) -> None:
-    """Remove the rows of log.csv after this step, which a resumed run repeats."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        rows = [line.split(",")[:2] for line in lines]
-        last = max((i for i, row in enumerate(rows) if row == [stage, str(step)]),
-                   default=len(lines) - 1)
-        part = path.with_name(f".{path.name}")
-        part.write_text("".join(lines[: last + 1]))
-        part.replace(path)
-
-
 def plot_losses(log: Path, picture: Path) -> None:
-    """Draw log.csv, a column for each stage: the loss, by bins of t, and held out.
-
-    Without matplotlib nothing is drawn.
-    """
+    """Draw log.csv, a column for each stage; without matplotlib nothing is drawn."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -107,22 +85,19 @@ def plot_losses(log: Path, picture: Path) -> None:
         rows = list(csv.DictReader(file))
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
-    labels = {f"loss_bin_{i}": f"t in quarter {i + 1}" for i in range(BINS)}
-    labels |= {"loss": "all", "held_out_loss": "held out"}
+    names = [f"loss_bin_{i}" for i in range(BINS)] + ["loss", "held_out_loss"]
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
-        for name, label in labels.items():
+        for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows
                       if row["stage"] == stage and row[name]]
-            width = -(-len(points) // 100)  # single steps are noisy: means of neighbours
-            means = [[sum(values) / len(values) for values in zip(*points[i : i + width])]
-                     for i in range(0, len(points), width or 1)]
+            width = len(points) // 100 + 1  # single steps are noisy: means of neighbours
+            means = [torch.tensor(points[i : i + width]).mean(0).tolist()
+                     for i in range(0, len(points), width)]
             if means:
-                axes.plot(*zip(*means), label=label, color="black" if name == "loss" else None)
-        axes.set(title=f"stage {stage}", xlabel="step", ylabel="loss", yscale="log")
+                axes.plot(*zip(*means), label=name)
+        axes.set(title=f"stage {stage}", xlabel="step", yscale="log")
         axes.legend()
-    part = picture.with_name(f".{picture.name}")
-    FigureCanvasAgg(figure).print_png(part)
-    part.replace(picture)
+    FigureCanvasAgg(figure).print_png(picture)
 
 
 @contextmanager
@@ -152,11 +127,16 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def gather(x: Tensor) -> Tensor:
+    """Collect the rows of x of all processes, with gradients."""
+    return torch.cat(all_gather(x)) if world() > 1 else x
+
+
 def start_ranks(count: int, arguments: list[str]) -> list[subprocess.Popen]:
     """Start this command again as ranks 1 .. count - 1 of torchrun; this process becomes rank 0.
 
-    Two processes of one thread each keep two cores busier than one process of two threads, since the
-    matrices of a small network are small.
+    Two processes of one thread each keep two cores busier than one process of two threads, since
+    the matrices of a small network are small.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

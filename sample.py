@@ -113,8 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
 def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
     """Write a video (f, 3, h, w) in [-1, 1] as .gif, .webp, .png or .mp4, whole or not at all.
 
-    Delays are whole milliseconds, in a GIF hundredths of a second; a GIF has one palette of 256 colors
-    for all frames. Raises InputError where it cannot be written.
+    Delays are whole milliseconds, in a GIF hundredths of a second; a GIF has one palette of 256
+    colors for all frames. Raises InputError where it cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()

@@ -209,8 +209,8 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
                      muon: bool) -> list[torch.optim.Optimizer]:
     """Make AdamW and, with `muon`, Muon for the weight matrices of `modules` in `groups`.
 
-    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's. Muon's updates have the
-    size that they should have, whatever a group's lr_scale.
+    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's. Muon's updates have
+    the size that they should have, whatever a group's lr_scale.
     """
     matrices = set()
     for module in modules if muon else []:

@@ -6,7 +6,7 @@
     interpolate   by --stage alone: the frames between two key frames        (paper §3)
     upscale       by --stage alone: frames of four times the size            (paper §3)
 
-A stage trains its weights and hands their moving average on. Everything random in a step is drawn
+A stage trains its weights and hands their moving average on. All random numbers of a step are drawn
 from (seed, stage, step) for the whole batch, of which each process takes its shard: a resumed run
 goes on as if it had never stopped, and several processes train as one does.
 """
@@ -38,8 +38,8 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, ClipFolder, InputError, ShapesDataset
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig, load_checkpoint, pick_device
-from runs import (append_log, join_ranks, loss_by_timestep_bin, new_folder, plot_losses, rank,
-                  save_checkpoint, start_ranks, stop_signals, truncate_log, world)
+from runs import (append_log, gather, join_ranks, loss_by_timestep_bin, new_folder, plot_losses,
+                  rank, save_checkpoint, start_ranks, stop_signals, world)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, LatentCache, build_optimizers, initialise, thumbnail_loss
@@ -52,57 +52,52 @@ ALL_STAGES = BASE_STAGES + cascade.CASCADE_STAGES
 # Settings
 
 
-def flag(group: str, default, text: str):
+def flag(default, text: str):
     """Make a field of Settings and the flag of the same name, with its line of help."""
-    return field(default=default, metadata={"group": group, "help": text})
-
-
-model_flag = partial(flag, "what")
-steps_flag = partial(flag, "how long")
-optim_flag = partial(flag, "optimisation")
-data_flag = partial(flag, "data")
-run_flag = partial(flag, "run")
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Settings:
     """Hyperparameters of a run, each a flag of train.py; the defaults are those of preset tiny."""
 
-    preset: str = model_flag("tiny", "model size: tiny, small or paper")
-    stage: str = model_flag("", f"one of {', '.join(ALL_STAGES)} (default: the first three)")
-    init_from: str = model_flag("", "model.pt or Stable Diffusion folder to start from")
-    trainable: str = model_flag("", 'train only the parameters that match, e.g. "adaptor|temporal|fps"')
-    frames: int = model_flag(0, "frames of a clip; 0 = as the preset")
-    vae_steps: int = steps_flag(800, "training steps of stage vae; 0 leaves it out")
-    image_steps: int = steps_flag(300, "training steps of stage image")
-    video_steps: int = steps_flag(3400, "training steps of stage video")
-    cascade_steps: int = steps_flag(2000, "training steps of stage interpolate or upscale")
-    batch_size: int = optim_flag(16, "clips per step of all processes (stage image: times --frames)")
-    vae_batch_size: int = optim_flag(12, "frames per step of stage vae")
-    accumulate: int = optim_flag(1, "micro-batches per step: less memory, more time")
-    lr: float = optim_flag(2.5e-3, "peak learning rate of AdamW in the U-Net")
-    vae_lr: float = optim_flag(3e-3, "peak learning rate of AdamW in the VAE")
-    muon_lr: float = optim_flag(0.02, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
-    video_lr_scale: float = optim_flag(5.0, "learning rate of the video layers, times --lr")
-    warmup: int = optim_flag(50, "steps over which the learning rate rises")
-    ema: float = optim_flag(0.995, "decay of the moving average of the weights")
-    kl_weight: float = optim_flag(2e-3, "weight of the VAE's KL term")
-    thumbnail: float = optim_flag(0.1, "weight of the VAE's thumbnail loss, see tiny.py")
-    text_dropout: float = optim_flag(0.1, "fraction of captions dropped, for guidance")
-    precision: str = optim_flag("fp32", "fp32, or bf16 with weights in float32")
-    gradient_checkpointing: bool = optim_flag(False, "recompute activations in the backward pass")
-    data: str = data_flag("shapes", 'folder of clips, or "shapes"')
-    frame_store: str = data_flag("runs/frames", "where the decoded frames of a folder are kept")
-    cache: int = data_flag(3600, "clips whose latents stay in memory; 0 = encoded every step")
-    save_every: int = run_flag(500, "steps between checkpoints")
-    sample_every: int = run_flag(500, "steps between pictures and held-out losses; 0 = none")
-    seed: int = run_flag(0, "of weights, data and noise")
+    preset: str = flag("tiny", "model size: tiny, small or paper")
+    stage: str = flag("", f"one of {', '.join(ALL_STAGES)} (default: the first three)")
+    init_from: str = flag("", "model.pt or Stable Diffusion folder to start from")
+    trainable: str = flag("", 'train only parameters that match, e.g. "adaptor|temporal|fps"')
+    frames: int = flag(0, "frames of a clip; 0 = as the preset")
+    vae_steps: int = flag(800, "training steps of stage vae; 0 leaves it out")
+    image_steps: int = flag(300, "training steps of stage image")
+    video_steps: int = flag(3400, "training steps of stage video")
+    cascade_steps: int = flag(2000, "training steps of stage interpolate or upscale")
+    batch_size: int = flag(16, "clips per step, of all processes (stage image: times the frames)")
+    vae_batch_size: int = flag(12, "frames per step of stage vae")
+    accumulate: int = flag(1, "micro-batches per step: less memory, more time")
+    lr: float = flag(2.5e-3, "peak learning rate of AdamW in the U-Net")
+    vae_lr: float = flag(3e-3, "peak learning rate of AdamW in the VAE")
+    muon_lr: float = flag(0.02, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
+    video_lr_scale: float = flag(5.0, "learning rate of the video layers, times --lr")
+    warmup: int = flag(50, "steps over which the learning rate rises")
+    ema: float = flag(0.995, "decay of the moving average of the weights")
+    kl_weight: float = flag(2e-3, "weight of the VAE's KL term")
+    thumbnail: float = flag(0.1, "weight of the VAE's thumbnail loss, see tiny.py")
+    text_dropout: float = flag(0.1, "fraction of captions dropped, for guidance")
+    precision: str = flag("fp32", "fp32, or bf16 with weights in float32")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
+    data: str = flag("shapes", 'folder of clips, or "shapes"')
+    frame_store: str = flag("runs/frames", "where the decoded frames of a folder are kept")
+    cache: int = flag(3600, "clips whose latents stay in memory; 0 = encoded every step")
+    save_every: int = flag(500, "steps between checkpoints")
+    sample_every: int = flag(500, "steps between pictures and held-out losses; 0 = none")
+    seed: int = flag(0, "of weights, data and noise")
 
     def steps(self, stage: str) -> int:
         """Return the number of training steps of a stage."""
         return getattr(self, f"{stage if stage in BASE_STAGES else 'cascade'}_steps")
 
 
+GROUPS = {"preset": "what", "vae_steps": "how long", "batch_size": "optimisation", "data": "data",
+          "save_every": "run"}  # of flags, by their first one
 GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "thumbnail": 0.0, "video_lr_scale": 1.0,
                 "kl_weight": 1e-4, "cascade_steps": 50_000}
 PRESET_SETTINGS = {
@@ -120,36 +115,32 @@ def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     """Parse the command line -> all flags, and those of them that are settings."""
     parser = argparse.ArgumentParser(
         description="Trains MagicVideo; without flags vae, image and video, on embedded shapes.")
-    groups = {}
     for f in fields(Settings):
-        name = f.metadata["group"]
-        groups[name] = groups.get(name) or parser.add_argument_group(name)
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         shown = f" (default: {f.default})" if f.default != "" else ""
-        groups[name].add_argument("--" + f.name.replace("_", "-"), **kind,
-                                  default=argparse.SUPPRESS, help=f.metadata["help"] + shown)
-    groups["run"].add_argument("--out", help="folder (default: a new one, runs/DATA, runs/DATA-2)")
-    groups["run"].add_argument("--resume", action="store_true", help="go on with the run in --out")
-    groups["run"].add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    groups["run"].add_argument("--ranks", type=int, help="processes on a CPU (default: the cores)")
+        group.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
+                           help=f.metadata["help"] + shown)
+    group.add_argument("--out", help="folder (default: a new one, runs/DATA, runs/DATA-2 ...)")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    group.add_argument("--ranks", type=int, help="processes on a CPU (default: 1, 2 or 4)")
     flags = parser.parse_args(arguments)
-    given = {f.name: getattr(flags, f.name) for f in fields(Settings) if hasattr(flags, f.name)}
-    return flags, given
+    return flags, {f.name: getattr(flags, f.name) for f in fields(Settings) if f.name in flags}
 
 
 def check(s: Settings) -> None:
     """Raise InputError for a setting out of range, before anything is made."""
     choices = {"preset": [*PRESETS], "stage": ["", *ALL_STAGES], "precision": ["fp32", "bf16"]}
     highest = {"ema": 1, "text_dropout": 1, "seed": 2**32 - 1}
-    for f in fields(Settings):
-        value = getattr(s, f.name)
-        name = "--" + f.name.replace("_", "-")
-        least = int(f.name in ("batch_size", "vae_batch_size", "accumulate", "save_every"))
-        most = highest.get(f.name, 2**62)
-        if value not in choices.get(f.name, [value]):
-            raise InputError(f'{name} "{value}": use {", ".join(filter(None, choices[f.name]))}')
-        if f.type in (int, float) and not least <= value <= most:
-            raise InputError(f"{name} {value}: give a number from {least} to {most}")
+    for name, value in asdict(s).items():
+        least = int(name in ("batch_size", "vae_batch_size", "accumulate", "save_every"))
+        most = highest.get(name, 2**62)
+        if value not in choices.get(name, [value]):
+            raise InputError(f'--{name} "{value}": use {", ".join(filter(None, choices[name]))}')
+        if not isinstance(value, str) and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give {least} to {most}")
     if s.stage not in ("", "vae") and not s.init_from:
         raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
 
@@ -176,33 +167,28 @@ def read_batch(clips: ClipDataset, size: int, step: int, stage: str, s: Settings
                micro: int = 0) -> tuple[dict, Callable]:
     """Read this process's shard of a batch, and make the function that draws its random numbers.
 
-    Where shards would be uneven items are repeated with weight 0. Weights are such that the mean over
-    the processes of weighted sums, which DistributedDataParallel takes, is the mean over the batch.
+    random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4). Raises
+    InputError for a batch that cannot be shared evenly.
     """
     shards = world() * s.accumulate
-    shard = list(range(rank() * s.accumulate + micro, size, shards))
-    padding = [0] * (-(-size // shards) - len(shard))
+    if size % shards:
+        raise InputError(f"--batch-size: {size} clips or frames of stage {stage} cannot be shared "
+                         f"by {world()} processes x {s.accumulate} micro-batches; give a multiple")
+    shard = slice(rank() * s.accumulate + micro, size, shards)
     items = []
-    for n in shard + padding:
+    for n in range(size)[shard]:
         epoch, place = divmod(step * size + n, len(clips))
         clips.set_epoch(epoch)
         items.append(clips[epoch_order(len(clips), s.seed, stage, epoch)[place]])
-    batch = {key: [item[key] for item in items] for key in items[0]}
-    key = "z0" if "z0" in batch else "video"
-    batch[key] = torch.stack(batch[key])
-    batch["fps"] = torch.tensor(batch["fps"])
-    batch["weight"] = torch.tensor([1.0] * len(shard) + [0.0] * len(padding)) * world() / size
     generator = make_generator(s.seed, stage, 1, step)
-
-    def random(draw: Callable, *shape: int) -> Tensor:
-        """Draw for the whole batch and keep the shard: random(torch.randn, 3, 4) is (b, 3, 4)."""
-        return draw((size, *shape), generator=generator)[shard + padding]
-
-    return batch, random
+    return collate(items), lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses
+def collate(items: list[dict]) -> dict:
+    """Stack clips, as pixels or latents, to a batch."""
+    x = torch.stack([item["z0"] if "z0" in item else item["video"] for item in items])
+    return {"x": x, "is_latent": "z0" in items[0], "caption": [item["caption"] for item in items],
+            "fps": torch.tensor([item["fps"] for item in items])}
 
 
 class StageLoss(nn.Module):
@@ -220,35 +206,35 @@ class StageLoss(nn.Module):
 
     def forward(self, batch: dict, random: Callable, frames: int) -> tuple[Tensor, Tensor | None]:
         """Compute the loss of the stage on `frames` frames in a row of each clip."""
-        key = "z0" if "z0" in batch else "video"
-        x = batch[key]
-        first = random(partial(torch.randint, x.shape[1] - frames + 1)).tolist()
-        x = torch.stack([clip[i : i + frames] for clip, i in zip(x, first)]).to(self.model.device)
+        first = random(partial(torch.randint, batch["x"].shape[1] - frames + 1))
+        x = torch.stack([clip[i : i + frames] for clip, i in zip(batch["x"], first)])
+        x = x.to(self.model.device)  # (b, f, ...)
         if self.stage == "vae":
-            return self.vae(x, random)
-        if key == "video" and self.stage != "upscale":
+            return self.vae(x, random), None
+        if not batch["is_latent"] and self.stage != "upscale":
             x = self.model.encode(x)
+        captions = ["" if u < self.s.text_dropout else caption  # "" for classifier-free guidance
+                    for u, caption in zip(random(torch.rand), batch["caption"])]
+        context = self.model.encode_text(captions)
+        fps = None if self.stage == "image" else batch["fps"].to(x.device)
         t = random(partial(torch.randint, self.model.diffusion.num_steps))
-        context = self.model.encode_text([
-            "" if u < self.s.text_dropout else caption  # trains the unconditional branch of guidance
-            for u, caption in zip(random(torch.rand).tolist(), batch["caption"])])
-        fps = batch["fps"].to(self.model.device)
         if self.stage in cascade.CASCADE_STAGES:
             return self.network.loss(x, context, fps, t, random), t
-        # E || eps - eps_hat(z_t, t, context, fps) ||^2 (paper §3.2); the image model has no fps
+        # || eps - eps_hat(z_t, t, context, fps) ||^2 (paper §3.2)
         eps = random(torch.randn, *x.shape[1:]).to(x)
-        fps = None if self.stage == "image" else fps
         return self.model.diffusion.loss(self.network, x, context, fps, t, eps), t
 
-    def vae(self, video: Tensor, random: Callable) -> tuple[Tensor, None]:
-        """Reconstruction + KL (paper §3, VideoVAE; squared error is ours: SD's terms need weights)."""
-        vae = self.model.vae
-        mean, logvar = vae.encode(video)
-        z = vae.sample_latents(mean, logvar, random(torch.randn, *mean.shape[1:]).to(mean))
+    def vae(self, video: Tensor, random: Callable) -> Tensor:
+        """Reconstruction + KL (paper §3, VideoVAE; squared error is ours: no weights needed)."""
+        mean, logvar = self.network.encode(video)
+        eps = random(torch.randn, *mean.shape[1:]).to(mean)
+        decoded = self.network.decode(self.network.sample_latents(mean, logvar, eps))
         # KL(q(z | frame) || N(0, 1)) = (mean^2 + sigma^2 - 1 - log sigma^2) / 2
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-        loss = (vae.decode(z) - video).square().mean((1, 2, 3, 4)) + self.s.kl_weight * kl
-        return loss, None
+        loss = (decoded - video).square().mean((1, 2, 3, 4)) + self.s.kl_weight * kl
+        if self.s.thumbnail and mean.requires_grad and video.shape[1] == 1:  # of different clips
+            loss = loss + self.s.thumbnail * thumbnail_loss(gather(mean), gather(video))
+        return loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,10 +242,10 @@ class StageLoss(nn.Module):
 
 
 def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Settings) -> list[dict]:
-    """List what a stage trains, as groups of an optimizer that begin at step "start".
+    """List the weights that a stage trains, image and video layers, and the step they start at.
 
     Stable Diffusion's text encoder and VAE encoder are never trained; otherwise the text encoder
-    trains with the U-Net. Layers that start at zero learn faster (both ours: the paper is silent).
+    trains with the U-Net. Video layers start at zero and learn faster (ours: the paper is silent).
     Raises InputError for a --trainable that leaves none.
     """
     named = [*network.named_parameters()]
@@ -274,10 +260,10 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
         video = []
     if not image and not video:
         raise InputError(f'--trainable "{s.trainable}": matches nothing that stage {stage} trains')
-    # Stage vae sees single frames first, since frames of a clip are too similar to teach the encoder
-    # more than one of them does, and clips in its last fifth, for the temporal layers (ours).
-    clips_only = stage != "vae" or not any(name.startswith("encoder.") for name, _ in named)
-    start = 0 if clips_only or not image else int(0.8 * s.vae_steps)
+    # Stage vae sees single frames while its encoder learns, since frames of a clip are too similar
+    # to teach it more than one of them does, and clips in its last fifth, for the temporal layers.
+    learns = image and any(name.startswith("encoder.") for name, _ in named)
+    start = int(0.8 * s.vae_steps) if stage == "vae" and learns else 0
     return [{"params": image, "lr_scale": 1.0, "start": 0},
             {"params": video, "lr_scale": s.video_lr_scale, "start": start}]
 
@@ -288,32 +274,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:
-    """Put what a trained stage leaves, besides its weights, in the model."""
-    if stage in cascade.CASCADE_STAGES:
-        model.cascade[stage] = network.state_dict()
-    if stage == "vae" and any(p.requires_grad for p in model.vae.encoder.parameters()):
-        # 1 / standard deviation of the latents, as SD's 0.18215 is
-        chosen = range(0, len(clips), max(1, len(clips) // 64))[:64]
-        videos = (clips[i]["video"][None].to(model.device) for i in chosen)
-        with torch.no_grad():
-            std = torch.cat([model.vae.encode(video)[0] for video in videos]).std()
-        model.config.vae.scaling_factor = float(1 / std)
-
-
 def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
-            resumed: dict | None) -> tuple[list, list, EMA]:
-    """Choose what trains -> parameters, optimizers, moving average: new, or as they were saved."""
-    for p in [*model.parameters(), *network.parameters()]:
-        p.requires_grad_(True)
+            resumed: dict | None) -> tuple[list[nn.Parameter], list, EMA]:
+    """Return the weights that train, their optimizers and moving average: new, or as saved."""
     groups = parameter_groups(model, network, stage, s)
     parameters = [p for group in groups for p in group["params"]]
-    for p in {*model.parameters(), *network.parameters()} - {*parameters}:
-        p.requires_grad_(False)
-    if s.gradient_checkpointing:
-        for level in network.modules():
-            if isinstance(level, Level):
-                level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
+    for module in (model, network):
+        module.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    for level in network.modules() if s.gradient_checkpointing else ():
+        if isinstance(level, Level):
+            level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
     optimizers = build_optimizers([network, model.text_encoder], groups, s.muon_lr > 0)
     ema = EMA(parameters, s.ema)
     if resumed:
@@ -325,8 +297,8 @@ def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
     return parameters, optimizers, ema
 
 
-def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset | None, stage: str,
-                s: Settings, out: Path, resumed: dict | None) -> None:
+def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, stage: str,
+                s: Settings, out: Path, resumed: dict | None = None) -> None:
     """Train one stage (paper §3) and leave the moving average of the weights in the model.
 
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
@@ -340,9 +312,8 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset | N
         compute_loss = DistributedDataParallel(stage_loss, find_unused_parameters=stage == "vae")
     source = clips
     if s.cache and stage in ("image", "video", "interpolate"):
-        source = LatentCache(model, clips, s.cache if s.data == "shapes" else max(s.cache, len(clips)),
-                             rank(), world())
-
+        count = s.cache if s.data == "shapes" else max(s.cache, len(clips))
+        source = LatentCache(model, clips, count, rank(), world())
     steps = s.steps(stage)
     peak_lrs = (s.vae_lr if stage == "vae" else s.lr, s.muon_lr)
     started = time.time()
@@ -352,22 +323,25 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset | N
         for step in bar:
             for optimizer, peak_lr in zip(optimizers, peak_lrs):
                 for group in optimizer.param_groups:
-                    start = min(group["start"], step)
+                    begun = step - min(group["start"], step)
                     group["lr"] = group["lr_scale"] * learning_rate(
-                        step - start, steps - start, peak_lr, s.warmup)
+                        begun, steps - step + begun, peak_lr, s.warmup)
 
-            size, frames = s.batch_size, clips.frames
+            frames = clips.frames
+            size = s.batch_size
             if stage == "image":
-                size, frames = s.batch_size * clips.frames, 1
+                frames = 1
+                size = s.batch_size * clips.frames
+            if stage == "vae" and step < optimizers[0].param_groups[1]["start"]:
+                frames = 1
             if stage == "vae":
-                frames = 1 if step < optimizers[0].param_groups[1]["start"] else clips.frames
-                size = max(1, s.vae_batch_size // frames)
-            total = torch.zeros(2)  # the loss of the batch, and who was told to stop
+                size = s.vae_batch_size if frames == 1 else 4
+            total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             for micro in range(s.accumulate):
                 batch, random = read_batch(source, size, step, stage, s, micro)
                 with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
                     errors, t = compute_loss(batch, random, frames)  # (b,)
-                    loss = (errors * batch["weight"].to(errors)).sum()
+                    loss = errors.mean() / s.accumulate
                 loss.backward()
                 total[0] += loss.item() / world()
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -375,71 +349,77 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset | N
             if world() > 1:
                 dist.all_reduce(total)
             if not math.isfinite(total[0] + norm):
-                lower = "--vae-lr" if stage == "vae" else "--lr"
-                lower += " and --muon-lr" if s.muon_lr else ""
-                raise InputError(f"stage {stage}, step {step}: the loss is {total[0]:.4g}, its "
-                                 f"gradient {norm:.4g}; lower {lower} ({out} is as last saved)")
+                rates = ["--vae-lr" if stage == "vae" else "--lr", "--muon-lr"][: 1 + (s.muon_lr > 0)]
+                raise InputError(f"stage {stage}, step {step}: the loss is {total[0]:.4g}, its gradient "
+                                 f"{norm:.4g}; lower {' and '.join(rates)} ({out} is as last saved)")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             ema.update()
 
-            bar.set_postfix(loss=f"{total[0]:.4f}", refresh=False)
-            stopping = total[1] > 0
             last = step + 1 == steps
-            row = {"stage": stage, "step": step + 1, "loss": f"{total[0]:.6f}",
-                   "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
-                   "seconds": f"{time.time() - started:.1f}",
-                   **loss_by_timestep_bin(errors, t, model.diffusion.num_steps)}
-            if rank() == 0 and s.sample_every and (last or (step + 1) % s.sample_every == 0):
-                with ema.applied():
-                    row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
-                    save_samples(out / "samples" / f"{stage}-{step + 1:06d}.png", model, network,
-                                 stage, held_out)
+            bar.set_postfix(loss=f"{total[0]:.4f}", refresh=False)
             if rank() == 0:
+                row = {"stage": stage, "step": step + 1, "loss": f"{total[0]:.6f}",
+                       "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
+                       "seconds": f"{time.time() - started:.1f}",
+                       **loss_by_timestep_bin(errors, t, model.diffusion.num_steps)}
+                if s.sample_every and (last or (step + 1) % s.sample_every == 0):
+                    with ema.applied():
+                        row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
+                        picture = out / "samples" / f"{stage}-{step + 1:06d}.png"
+                        save_samples(picture, model, stage, held_out)
                 append_log(out / "log.csv", row)
-            if rank() == 0 and (last or stopping or (step + 1) % s.save_every == 0):
-                save_run(out, model, network, stage, step + 1, optimizers, ema, clips, s)
-            if stopping:
+                if last or total[1] or (step + 1) % s.save_every == 0:
+                    save_run(out, model, network, stage, step + 1, optimizers, ema, clips, s)
+            if total[1]:
                 raise KeyboardInterrupt
     ema.swap()
     hand_over(model, network, stage, clips)
 
 
+def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:
+    """Put what a trained stage leaves besides its weights in the model."""
+    if stage in cascade.CASCADE_STAGES:
+        model.cascade[stage] = network.state_dict()
+    if stage == "vae" and model.vae.encoder.conv_in.weight.requires_grad:
+        # 1 / standard deviation of the latents, as SD's 0.18215 is
+        chosen = range(0, len(clips), max(1, len(clips) // 64))[:64]
+        model.config.vae.scaling_factor = 1.0
+        latents = [model.encode(clips[i]["video"][None]) for i in chosen]
+        model.config.vae.scaling_factor = float(1 / torch.cat(latents).std())
+
+
 @torch.no_grad()
 def held_out_loss(stage_loss: StageLoss, held_out: ClipDataset, frames: int) -> str:
-    """Compute the loss of a stage on at most 16 clips never trained on, at the same noise always."""
-    size = min(len(held_out), 16)
-    batch, random = read_batch(held_out, size, 0, stage_loss.stage, replace(stage_loss.s, seed=0))
-    errors, _ = stage_loss(batch, random, frames)
+    """Compute the loss on at most 16 clips never trained on, with the same noise every time."""
+    items = [held_out[i] for i in range(min(len(held_out), 16))]
+    generator = torch.Generator().manual_seed(0)
+    errors, _ = stage_loss(
+        collate(items), lambda draw, *shape: draw((len(items), *shape), generator=generator), frames)
     return f"{errors.mean():.6f}"
 
 
-@torch.no_grad()
-def save_samples(path: Path, model, network, stage: str, clips) -> None:
-    """Draw how far a stage is: rows of clips, and under them what the stage makes of them.
-
-    In stages image and video samples of ten steps stand alone.
-    """
+def save_samples(path: Path, model: MagicVideo, stage: str, clips: ClipDataset) -> None:
+    """Draw how far a stage is: clips above their reconstructions, or samples of ten steps."""
     items = [clips[i] for i in range(min(len(clips), 4))]
-    captions = [item["caption"] for item in items]
-    videos = torch.stack([item["video"] for item in items]).to(model.device)
+    rows = torch.stack([item["video"] for item in items])
     if stage == "vae":
-        rows = [videos, model.decode(model.encode(videos))]
-    elif stage in ("image", "video"):
-        rows = [model.sample(captions, fps=None if stage == "image" else 8, steps=10)]
-    else:
-        rows = network.preview(model, videos, captions, items[0]["fps"])
-    write_clip(path, film_strip(torch.cat(rows))[None], fps=1)
+        rows = torch.cat([rows, model.decode(model.encode(rows)).cpu()])
+    elif stage in BASE_STAGES:
+        captions = [item["caption"] for item in items]
+        rows = model.sample(captions, fps=None if stage == "image" else 8, steps=10)
+    write_clip(path, film_strip(rows)[None], fps=1)
 
 
 def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step: int,
              optimizers: list, ema: EMA, clips: ClipDataset, s: Settings) -> None:
-    """Write checkpoint.pt, from which the run goes on, and model.pt, as if it ended here."""
+    """Write checkpoint.pt, from which the run goes on, and model.pt, as if the stage ended here."""
     save_checkpoint(out / "checkpoint.pt", {
         "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
         "step": step, "model": model.state(), "network": network.state_dict(), "ema": ema.shadow,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "log_lines": (out / "log.csv").read_text().count("\n")})
     scaling_factor = model.config.vae.scaling_factor
     with ema.applied():
         hand_over(model, network, stage, clips)
@@ -452,10 +432,10 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
 # A run
 
 
-def resume(out: Path, given: dict) -> tuple[Settings, dict]:
-    """Read the settings and the checkpoint of the run in `out`; InputError for other settings."""
+def resume(out: Path, given: dict) -> tuple[Settings, MagicVideo, dict]:
+    """Read settings, model and checkpoint of the run in `out`. InputError for other settings."""
     if not (out / "checkpoint.pt").is_file():
-        raise InputError(f"--resume: no checkpoint.pt in --out {out}; name a run's folder")
+        raise InputError(f"--resume: no checkpoint.pt in {out}; name a run's folder with --out")
     resumed = load_checkpoint(out / "checkpoint.pt", "magicvideo-training")
     try:
         s = Settings(**json.loads(resumed["settings"]))
@@ -464,24 +444,18 @@ def resume(out: Path, given: dict) -> tuple[Settings, dict]:
                          f"start anew with --init-from {out}/model.pt") from error
     for name, value in given.items():
         if value != getattr(s, name):
-            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started with "
-                             f"{getattr(s, name)} and goes on with it; leave the flag out")
-    return s, resumed
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started "
+                             f"with {getattr(s, name)} and goes on with it; leave the flag out")
+    return s, MagicVideo.from_state(resumed.pop("model"), out / "checkpoint.pt"), resumed
 
 
 def start(given: dict) -> tuple[Settings, MagicVideo | None]:
     """Make the settings of a new run, and load the model that it starts from, if any."""
     model = None
     if path := given.get("init_from"):
-        frames = given.get("frames", 0)
-        is_folder = Path(path).is_dir() and not (Path(path) / "model.pt").is_file()
-        model = (MagicVideo.from_stable_diffusion(path, frames or 16) if is_folder
-                 else MagicVideo.load(path))
-        if frames not in (0, model.config.unet.frames):
-            raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames}, and its "
-                             f"adaptors hold one scale and shift for each; leave it out")
+        model = MagicVideo.load(path, frames=given.get("frames") or None)
         given = {"preset": model.config.preset, **given}
-    s = Settings(**{**PRESET_SETTINGS.get(given.get("preset", ""), {}), **given})
+    s = Settings(**{**PRESET_SETTINGS.get(given.get("preset"), {}), **given})
     check(s)
     return s, model
 
@@ -503,27 +477,41 @@ def open_clips(s: Settings, config: MagicVideoConfig) -> tuple[ClipDataset, Clip
     clips = ClipFolder(s.data, frames, size, s.seed, store=s.frame_store)
     if rank() == 0:
         print(clips.summary())
-    numbers = range(len(clips))
-    held_out = [*numbers[9::10]] or [numbers[-1]]
-    return clips.subset([i for i in numbers if i not in held_out] or held_out), clips.subset(held_out)
+    held_out = range(len(clips))[9::10] or range(len(clips))[-1:]
+    trained = [i for i in range(len(clips)) if i not in held_out]
+    return clips.subset(trained or held_out), clips.subset(held_out)
 
 
-def stages_of(s: Settings, model: MagicVideo) -> list[str]:
-    """List the stages of a run: the one asked for, or the first three that the model needs."""
-    if s.stage:
-        return [s.stage]
-    skipped = []
-    if model.config.pretrained:
-        skipped = ["image"]
-    elif s.init_from:
-        skipped = ["vae"]
-        if rank() == 0:
-            print(f"stage vae is left out: the VAE of {s.init_from} stays; --stage vae trains it")
-    return [stage for stage in BASE_STAGES if s.steps(stage) and stage not in skipped]
+def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
+          resumed: dict | None) -> None:
+    """Train all stages of a run, write its model, and say where everything is."""
+    say = print if rank() == 0 else lambda text: None
+    started = time.time()
+    stages = [s.stage] if s.stage else [stage for stage in BASE_STAGES if s.steps(stage)]
+    if model.config.pretrained and not s.stage:
+        stages.remove("image")
+    elif s.init_from and not s.stage:
+        stages.remove("vae")
+        say(f"the VAE of {s.init_from} stays as it is; --stage vae trains it")
+    if resumed:
+        stages = stages[stages.index(resumed["stage"]) :]
+        say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+        log = out / "log.csv"
+        if rank() == 0:  # the rows after the checkpoint come again
+            log.write_text("".join(log.read_text().splitlines(True)[: resumed["log_lines"]]))
+    for stage in stages:
+        is_resumed = resumed and stage == resumed["stage"]
+        train_stage(model, clips, held_out, stage, s, out, resumed if is_resumed else None)
+    if rank() == 0:
+        model.save(out / "model.pt")
+    prompt = next((caption for caption in clips.captions if caption), "")
+    say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt, pictures in "
+        f"{out}/samples, losses in {out}/log.csv\nnext: python sample.py {shlex.quote(prompt)} "
+        f"--checkpoint {shlex.quote(str(out))}/model.pt")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Set up, train the stages, and say where everything is."""
+    """Read the command line, start or join the processes, and train."""
     flags, given = read_flags(sys.argv[1:] if arguments is None else arguments)
     torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
     device = pick_device(flags.device)
@@ -533,8 +521,7 @@ def main(arguments: list[str] | None = None) -> None:
     has_run = (out / "checkpoint.pt").exists()
     resumed = None
     if flags.resume or has_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        s, resumed = resume(out, given)
-        model = MagicVideo.from_state(resumed.pop("model"), out / "checkpoint.pt")
+        s, model, resumed = resume(out, given)
     elif has_run or (out / "model.pt").exists():
         raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
@@ -542,7 +529,7 @@ def main(arguments: list[str] | None = None) -> None:
     clips, held_out = open_clips(s, model.config if model else PRESETS[s.preset])
     processes = []
     if arguments is None and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
-        count = flags.ranks or min(os.cpu_count(), s.batch_size)
+        count = flags.ranks or max(n for n in (1, 2, 4) if n <= os.cpu_count())
         processes = start_ranks(count, [*sys.argv, "--out", str(out), "--device", "cpu"])
     try:
         device = join_ranks(device)
@@ -554,38 +541,15 @@ def main(arguments: list[str] | None = None) -> None:
         train(model.to(device).train(), clips, held_out, s, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
-        raise InputError(f"stopped; go on with: python train.py --resume --out {shlex.quote(str(out))}"
-                         if saved else "stopped before the first checkpoint") from None
+        command = f"go on with: python train.py --resume --out {shlex.quote(str(out))}"
+        raise InputError(f"stopped; {command}" if saved else "stopped, nothing saved yet") from None
     except RuntimeError as error:
         if world() == 1 or "onnection" not in str(error):
             raise
-        raise InputError(f"another process has ended ({str(error).splitlines()[0][:60]}); go on from "
-                         f"the last checkpoint with --resume --out {out}") from error
+        raise InputError(f"another process has ended; go on with --resume --out {out}") from error
     finally:
-        for process in processes:  # they have ended, or this one has failed and they wait for it
+        for process in processes:  # they have ended, or wait for this one, which has failed
             process.kill()
-
-
-def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
-          resumed: dict | None) -> None:
-    """Train all stages of a run and write its model."""
-    started = time.time()
-    stages = stages_of(s, model)
-    if resumed:
-        stages = stages[stages.index(resumed["stage"]) :]
-        if rank() == 0:
-            truncate_log(out / "log.csv", resumed["stage"], resumed["step"])
-            print(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
-    for stage in stages:
-        is_resumed = resumed and stage == resumed["stage"]
-        train_stage(model, clips, held_out, stage, s, out, resumed if is_resumed else None)
-    if rank() == 0:
-        model.save(out / "model.pt")
-        prompt = next((caption for caption in clips.captions if caption), "")
-        folder = shlex.quote(str(out))
-        print(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt, pictures in "
-              f"{out}/samples, losses in {out}/log.csv\n"
-              f"next: python sample.py {shlex.quote(prompt)} --checkpoint {folder}/model.pt")
 
 
 if __name__ == "__main__":
