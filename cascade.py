@@ -1,4 +1,4 @@
-"""After the key frames (paper §3): interpolation, 16 -> 61 frames, and super-resolution, 256 -> 1024
+"""After the key frames (paper §3): interpolation, 16 -> 61 frames; super-resolution, 256 -> 1024
 pixels. Both are the U-Net of `unet3d.py` under diffusion again, with a concatenated condition:
 
     Interpolator   three noisy latents, and beside each the latents of the adjacent key frames
@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion import seeded_randn
 from magicvideo import MagicVideo
 from tiny import VDiffusion
-from unet3d import FrameAdaptor, TimestepEmbedding, UNet3D, UNetConfig
+from unet3d import TimestepEmbedding, UNet3D, UNetConfig
 
 CASCADE_STAGES = ("interpolate", "upscale")
 
@@ -36,7 +36,7 @@ def build(model: MagicVideo, stage: str) -> nn.Module:
 
 
 def with_condition(unet: UNet3D, condition: Tensor) -> Callable:
-    """Make a network of z (b, f, c, h, w) that reads `condition` (b, f, c', h, w) as more channels."""
+    """Make a network of z (b, f, c, h, w) that reads `condition` (b, f, c', h, w) as channels."""
     def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor) -> Tensor:
         return unet(torch.cat([z, condition.to(z)], dim=2), t, context, fps)
     return network
@@ -49,9 +49,9 @@ NEW_FRAMES = 3  # between two key frames: 16 -> 61, as many as the authors' long
 
 
 def adjacent_key_frames(keys: Tensor) -> Tensor:
-    """List the two key frames around each gap, for each new frame: keys (b, f, c, h, w) -> condition.
+    """List the key frames around each gap: keys (b, f, c, h, w) -> (b (f-1), 3, 2c, h, w).
 
-    (b (f-1), 3, 2c, h, w); the gaps of a clip are consecutive rows.
+    The gaps of a clip are consecutive rows, and its three new frames have the same condition.
     """
     pairs = torch.cat([keys[:, :-1], keys[:, 1:]], dim=2).flatten(0, 1)  # (b (f-1), 2c, h, w)
     return pairs[:, None].expand(-1, NEW_FRAMES, -1, -1, -1)
@@ -71,11 +71,9 @@ class Interpolator(nn.Module):
         self.unet = UNet3D(replace(config, in_channels=3 * config.in_channels, frames=NEW_FRAMES,
                                    mask="bidirectional"))
         weights = {name: p.detach().cpu() for name, p in model.unet.state_dict().items()}
-        for name, module in self.unet.named_modules():
-            if isinstance(module, FrameAdaptor):
-                for kind in ("scale", "shift"):
-                    mean = weights[f"{name}.{kind}"].mean(0, keepdim=True)  # (1, c)
-                    weights[f"{name}.{kind}"] = mean.repeat(NEW_FRAMES, 1)
+        for name, p in weights.items():
+            if "adaptor" in name:  # scale or shift, (f, c)
+                weights[name] = p.mean(0, keepdim=True).repeat(NEW_FRAMES, 1)
         conv_in = weights["conv_in.weight"]  # (c, 4, 3, 3)
         zeros = torch.zeros_like(conv_in)
         weights["conv_in.weight"] = torch.cat([conv_in, zeros, zeros], dim=1)
@@ -110,8 +108,9 @@ class Interpolator(nn.Module):
         context = context.repeat_interleave(gaps, 0)
         rate = torch.full((b * gaps,), float(fps), device=keys.device)
         network = with_condition(self.unet, adjacent_key_frames(keys))
-        new = self.diffusion.sample(network, (b * gaps, NEW_FRAMES, c, h, w), context, context, rate,
-                                    "ddim", steps, guidance=1.0, generator=generators)
+        shape = (b * gaps, NEW_FRAMES, c, h, w)
+        new = self.diffusion.sample(network, shape, context, context, rate, steps=steps,
+                                    guidance=1.0, generator=generators)
         rows = torch.cat([keys[:, :-1, None], new.unflatten(0, (b, gaps))], dim=2)
         return torch.cat([rows.flatten(1, 2), keys[:, -1:]], dim=1)  # (b, 4f-3, c, h, w)
 
@@ -138,7 +137,7 @@ def upsample_bicubic(frames: Tensor) -> Tensor:
 
 
 class UpscaleUNet(UNet3D):
-    """An image U-Net that is told the noise level of its low-resolution condition (Ho et al. 2021)."""
+    """An image U-Net that is told the noise level of its small frame (Ho et al. 2021)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
@@ -216,7 +215,7 @@ class Upscaler(nn.Module):
             return torch.cat(outputs)
 
         context = text.expand(f, -1, -1)
-        z = self.diffusion.sample(network, low.shape, context, context, None, "ddim", steps,
+        z = self.diffusion.sample(network, low.shape, context, context, None, steps=steps,
                                   guidance=1.0, generator=generators)
         # frame = bicubic(noisy small frame) + z_0 / RESIDUAL_SCALE
         return (low + z / RESIDUAL_SCALE)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)

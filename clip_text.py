@@ -266,7 +266,11 @@ class CLIPTextLayer(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids (b, l) -> context (b, l, width) of the cross-attention (paper §3; matches SD)."""
+    """Token ids (b, l) -> context (b, l, width) of the cross-attention (paper §3; matches SD).
+
+    Token embeddings start at size 1, not CLIP's 0.02: training from nothing could make two small
+    ones alike that single frames do not tell apart, such as "left" and "right" (ours).
+    """
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -280,6 +284,7 @@ class CLIPTextEncoder(nn.Module):
                 "position_embedding": nn.Embedding(config.context_length, width)}),
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
             "final_layer_norm": nn.LayerNorm(width, eps=1e-5)})
+        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (b, l) int64 -> context (b, l, width). Raises ValueError if l is too long."""

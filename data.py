@@ -9,6 +9,7 @@ import copy
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 
@@ -194,10 +195,9 @@ MAX_FRAMES = 1000  # of a clip: what comes later in a longer one is not used
 class ClipFolder(ClipDataset):
     """Clips of a folder (ours): [i] -> {"video": (f, 3, size, size), "caption": str, "fps": float}.
 
-    A clip is NAME.gif, .webp, .png (animated), .mp4, .mov, .mkv, .webm, .avi, or a folder NAME of
-    images in natural order (2 before 10) at 8 a second. Captions come from metadata.jsonl or
-    metadata.csv with file_name and text; else from NAME.txt; else they are "", which trains the
-    unconditional branch. Names that start with "." are skipped. The centre square is resized.
+    A clip is an animation, a video, or a folder of images in natural order (2 before 10) at 8 a
+    second; its centre square is resized. Captions come from metadata.jsonl or metadata.csv with
+    file_name and text; else from NAME.txt; else they are "", which trains the unconditional branch.
 
     Every clip is decoded once, to `store`, a folder that later runs on the same files reuse, or to
     a temporary file. Raises InputError that names every clip that is unreadable, cut off or shorter
@@ -210,13 +210,11 @@ class ClipFolder(ClipDataset):
         self.path = Path(path)
         clips = find_clips(self.path)
         self.captions = read_captions(self.path, clips)
-        store = Path(store) if store else None
         self.pixels, self.clips = decode_once(self.path, clips, size, store)
-        bad = [f"{clip.name} has {n} of {frames} frames"
-               for clip, (_, n, _) in zip(clips, self.clips) if n < frames]
-        if bad:
-            raise InputError(f"{path}: {len(bad)} of {len(clips)} clips are too short: "
-                             f"{', '.join(bad)}; remove them or lower --frames")
+        short = [f"{clip.name} has {n}" for clip, (_, n, _) in zip(clips, self.clips) if n < frames]
+        if short:
+            raise InputError(f"{path}: clips with less than {frames} frames: {', '.join(short)}; "
+                             f"remove them or lower --frames")
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -236,12 +234,20 @@ class ClipFolder(ClipDataset):
         chosen.captions = [self.captions[i] for i in items]
         return chosen
 
-    def summary(self) -> str:
-        """Say in one line what was found: clips, captions, frames, rates."""
-        frames = sorted(n for _, n, _ in self.clips)
-        rates = sorted(rate for _, _, rate in self.clips)
-        return (f"{self.path}: {len(self)} clips, {sum(map(bool, self.captions))} with captions, "
-                f"{frames[0]} to {frames[-1]} frames, {rates[0]:.4g} to {rates[-1]:.4g} a second")
+
+def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier: int = 1,
+              store: str | Path | None = None) -> tuple[ClipDataset, ClipDataset]:
+    """Open "shapes" or a folder of clips -> clips to train on, and clips held out.
+
+    Of shapes those of split "test" are held out; of a folder every tenth clip, or at least one.
+    """
+    if name == "shapes":
+        return (ShapesDataset("train", frames, size, seed, rate_multiplier=rate_multiplier),
+                ShapesDataset("test", frames, size, seed, rate_multiplier=rate_multiplier))
+    clips = ClipFolder(name, frames, size, seed, store=store)
+    held_out = range(len(clips))[9::10] or range(len(clips))[-1:]
+    trained = [i for i in range(len(clips)) if i not in held_out]
+    return clips.subset(trained or held_out), clips.subset(held_out)
 
 
 def find_clips(path: Path) -> list[Path]:
@@ -299,7 +305,7 @@ def read_table(table: Path) -> Iterator[tuple[int, dict]]:
 
 
 def decode_once(folder: Path, clips: list[Path], size: int,
-                store: Path | None) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
+                store: str | Path | None) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
     """Decode all clips to memory-mapped pixels, uint8 (n, size, size, 3), or find them in `store`.
 
     Returns them with (first frame, number of frames, frames a second) of each clip. A store is
@@ -307,12 +313,13 @@ def decode_once(folder: Path, clips: list[Path], size: int,
     """
     if store is None:  # the mapping outlives the file's name
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-            return decode_once(folder, clips, size, Path(temporary))
-    states = []
+            return decode_once(folder, clips, size, temporary)
+    files = []
     for clip in clips:
-        for file in sorted(clip.iterdir()) if clip.is_dir() else [clip]:
-            states.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        files += sorted(clip.iterdir()) if clip.is_dir() else [clip]
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((states, size, MAX_FRAMES)).encode()).hexdigest()[:16]
+    store = Path(store)
     pixels = store / f"{key}.u8"
     index = store / f"{key}.json"
     if not index.is_file():
@@ -354,37 +361,29 @@ def decode_all(folder: Path, clips: list[Path], size: int, file) -> list[tuple[i
 def read_clip(path: str | Path, size: int | None = None) -> tuple[np.ndarray, float]:
     """Read the frames of a clip, uint8 (n, h, w, 3), centre squares resized where size is given.
 
-    Returns them with their frames a second. Pictures are shown for different times, since writers
-    merge equal frames: each becomes as many frames as its time holds the shortest one, rounded. A
-    delay of 0 is 100 ms, as in browsers; alpha lies on black. Raises InputError for what cannot be
-    read.
+    Returns them with their frames a second. Writers merge equal frames: each picture becomes as
+    many frames as its time holds the shortest one. A delay of 0 is 100 ms, as in browsers; alpha
+    lies on black. Raises InputError for what cannot be read.
     """
     path = Path(path)
+    decode = decode_images if path.is_dir() else decode_animation
+    if path.suffix.lower() in VIDEOS:
+        decode = decode_video
     pictures = []
     seconds = []
     try:
-        if path.is_dir():
-            decoded = decode_images(path)
-        elif path.suffix.lower() in VIDEOS:
-            decoded = decode_video(path)
-        else:
-            decoded = decode_animation(path)
-        for picture, shown in decoded:
-            pictures.append(np.asarray(square(picture, size) if size else picture))
+        for picture, shown in itertools.islice(decode(path), MAX_FRAMES):
+            if size:
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+            pictures.append(np.asarray(picture))
             seconds.append(shown)
-            if len(pictures) == MAX_FRAMES:
-                break
         if not pictures:
             raise EOFError("no frames in it")
-        shortest = min(seconds)
         # 120 and 130 ms in a GIF are one frame each, 8 a second
-        single = [shown for shown in seconds if shown < shortest * 3 / 2]
-        counts = [round(shown * len(single) / sum(single)) for shown in seconds]
-        if len(single) == len(seconds):
-            counts = [1] * len(seconds)
+        single = [shown for shown in seconds if shown < min(seconds) * 3 / 2]
+        counts = [max(1, round(shown * len(single) / sum(single))) for shown in seconds]
         if sum(counts) > 2 * MAX_FRAMES:
-            raise ValueError(f"delays from {float(shortest):g} to {float(max(seconds)):g} seconds "
-                             f"make {sum(counts):,} frames")
+            raise ValueError(f"{sum(counts):,} frames, by its shortest and longest delays")
         return np.repeat(np.stack(pictures), counts, axis=0), float(sum(counts) / sum(seconds))
     except Exception as error:  # decoders have many for a damaged file
         remedy = "pip install av" if isinstance(error, ImportError) else "replace or remove it"
@@ -424,29 +423,20 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
             if packet.is_corrupt:
                 raise EOFError("cut off")
             for frame in packet.decode():
-                if frame.width * frame.height > MAX_PIXELS:
-                    raise ValueError(f"{frame.width} x {frame.height} pixels")
                 if last is not None:
                     timed = None not in (frame.pts, last.pts) and frame.pts > last.pts
                     shown = (frame.pts - last.pts) * frame.time_base if timed else usual
-                    yield Image.fromarray(last.to_ndarray(format="rgb24")), shown
+                    yield to_rgb(last.to_image()), shown
                 last = frame
         if last is not None:
-            yield Image.fromarray(last.to_ndarray(format="rgb24")), usual
+            yield to_rgb(last.to_image()), usual
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any kind of picture into RGB, alpha on black."""
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels")
+    if image.mode == "RGB":
+        return image
     black = Image.new("RGBA", image.size, (0, 0, 0, 255))
     return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Cut the centre square of a picture and resize it, anti-aliased."""
-    side = min(image.size)
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    cut = image.crop((left, top, left + side, top + side))
-    return cut.resize((size, size), Image.Resampling.BICUBIC)

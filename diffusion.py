@@ -5,6 +5,7 @@ paper itself states only the loss. Timesteps t are 0 .. T-1. Read `vae.py` next:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,24 +75,24 @@ class Diffusion:
                eta: float = 0.0, generator: Generators = None) -> Tensor:
         """Walk from noise to z_0: shape (b, f, c, h, w), context, uncond (b, l, d), fps (b,).
 
-        With a list of generators, one a clip, a clip does not depend on its neighbours. eta 0 makes
-        "ddim" deterministic. Raises ValueError for steps outside 1 .. T or an unknown sampler.
+        `generator` can be a list, one for each clip; eta 0 makes "ddim" deterministic.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f'sampler "{sampler}": use {" or ".join(SAMPLERS)}')
+        network = partial(self.guided_output, model, context=context, uncond=uncond, fps=fps,
+                          guidance=guidance)
         z = seeded_randn(shape, generator).to(context)
-        timesteps = self.timesteps(steps)
-        pairs = zip(timesteps, [*timesteps[1:], -1])
-        for t, t_prev in tqdm(pairs, "sampling", steps, leave=False, disable=None):
-            t = torch.full(shape[:1], t)
-            t_prev = torch.full(shape[:1], t_prev)
-            output = self.guided_output(model, z, t, context, uncond, fps, guidance)
+        timesteps = torch.tensor([*self.timesteps(steps), -1]).expand(len(z), -1)  # (b, steps + 1)
+        for i in tqdm(range(steps), "sampling", leave=False, disable=None):
             noise = seeded_randn(shape, generator).to(z) if sampler == "ddpm" or eta > 0 else 0 * z
-            if sampler == "ddim":
-                z = self.ddim_step(z, output, t, t_prev, eta, noise)
-            else:
-                z = self.ddpm_step(z, output, t, t_prev, noise)
+            z = self.step(network, z, timesteps[:, i], timesteps[:, i + 1], sampler, eta, noise)
         return z
+
+    def step(self, network: Callable, z: Tensor, t: Tensor, t_prev: Tensor, sampler: str,
+             eta: float, noise: Tensor) -> Tensor:
+        """Step z_t -> z_{t_prev}, t and t_prev (b,), by `network`, a function of z and t."""
+        output = network(z, t)
+        if sampler == "ddim":
+            return self.ddim_step(z, output, t, t_prev, eta, noise)
+        return self.ddpm_step(z, output, t, t_prev, noise)
 
     def timesteps(self, steps: int) -> list[int]:
         """List the visited t: "leading" spacing, offset 1, for 50 981, 961 .. 1 (matches SD)."""

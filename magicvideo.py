@@ -106,7 +106,7 @@ class MagicVideo(nn.Module):
     def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50,
                guidance: float | None = None, sampler: str = "ddim", seed: int = 0,
                eta: float = 0.0, decode: bool = True) -> Tensor:
-        """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents unless `decode` (§3).
+        """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
         Clip i is drawn with seed + i, so that it is the same alone or in a batch. Without fps the
         image model draws single frames. Guidance is the model's own unless given.
@@ -129,7 +129,7 @@ class MagicVideo(nn.Module):
     def encode(self, videos: Tensor) -> Tensor:
         """Encode clips (b, f, 3, h, w) in [-1, 1] to latents as diffusion sees them: scaled means.
 
-        SD trains on samples of the posterior, which is so narrow there that they are its means (ours).
+        SD trains on posterior samples, which are so near the means there that we take these (ours).
         """
         mean, _ = self.vae.encode(videos.to(self.device))
         return self.config.vae.scaling_factor * mean
@@ -179,7 +179,7 @@ class MagicVideo(nn.Module):
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu",
              frames: int | None = None) -> "MagicVideo":
-        """Load a model.pt, the folder of a run, or a Stable Diffusion folder, for clips of `frames`.
+        """Load a model.pt, the folder of a run, or a Stable Diffusion folder.
 
         Raises InputError for anything else, or where a model makes another number of frames.
         """

@@ -41,8 +41,9 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}), what was saved "
-                         f"before is whole; make room or choose another --out") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason}), what was saved before is whole; "
+                         f"make room or choose another --out") from error
 
 
 def new_folder(name: str) -> Path:
@@ -102,7 +103,7 @@ def plot_losses(log: Path, picture: Path) -> None:
 
 @contextmanager
 def stop_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so that the step at hand is finished and saved first."""
+    """Collect Ctrl-C and SIGTERM in a list: the step at hand is finished and saved first."""
     stop = []
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: stop.append(True)) for number in signals}

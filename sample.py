@@ -57,15 +57,13 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
             import av  # noqa: F401
         except ImportError as error:
             raise InputError(f"--out {flags.out}: pip install av, or choose .gif") from error
-    rates = 4 if flags.interpolate else 1
-    ranges = {"fps": (0.1, MAX_FPS[suffix] / rates), "steps": (1, 1000), "eta": (0, 1),
-              "guidance": (-1000, 1000), "seed": (0, 2**32 - 1)}
-    for name, (low, high) in ranges.items():
+    most_fps = MAX_FPS[suffix] / (4 if flags.interpolate else 1)
+    for name, low, high in (("fps", 0.1, most_fps), ("steps", 1, 1000), ("eta", 0, 1),
+                            ("guidance", -1000, 1000), ("seed", 0, 2**32 - 1)):
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
-            raise InputError(f"--{name} {value}: give a number from {low:g} to {high:g}"
-                             + f" for {flags.out}" * (name == "fps")
-                             + " with --interpolate" * (name == "fps" and rates > 1))
+            place = f" for {suffix}{' with --interpolate' * flags.interpolate}" * (name == "fps")
+            raise InputError(f"--{name} {value}: give {low} to {high:.10g}{place}")
     if flags.sampler not in SAMPLERS:
         raise InputError(f'--sampler "{flags.sampler}": use {" or ".join(SAMPLERS)}')
     return flags
@@ -118,8 +116,9 @@ def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    pixels = to_uint8(video)  # (f, h, w, 3)
-    f, h, w, _ = pixels.shape
+    f, _, h, w = video.shape
+    pixels = ((video.cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (f, h, w, 3)
     part = path.with_name(f".{os.getpid()}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +148,7 @@ def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
 
 
 def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:
-    """Write frames (f, h, w, 3) as H.264, or MPEG-4 where av lacks it; odd sizes grow by a pixel."""
+    """Write frames (f, h, w, 3) as H.264, or MPEG-4 if av lacks it; odd sizes grow by a pixel."""
     import av
 
     _, h, w, _ = pixels.shape
@@ -168,25 +167,15 @@ def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:
         container.mux(stream.encode())
 
 
-def to_uint8(video: Tensor) -> np.ndarray:
-    """Turn pixels in [-1, 1] (..., 3, h, w) into uint8 (..., h, w, 3), clipped."""
-    video = ((video.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return video.movedim(-3, -1).contiguous().numpy()
-
-
-def grid(videos: Tensor) -> Tensor:
-    """Lay clips (n, f, 3, h, w) out as one (f, 3, H, W), near-square, white gaps between."""
-    return tile_images(videos, math.ceil(math.sqrt(len(videos))))
-
-
 def film_strip(videos: Tensor) -> Tensor:
     """Lay clips (n, f, 3, h, w) out as one picture (3, H, W), a row for each clip."""
-    return tile_images(videos.flatten(0, 1)[:, None], videos.shape[1])[0]
+    return grid(videos.flatten(0, 1)[:, None], videos.shape[1])[0]
 
 
-def tile_images(videos: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Lay clips out in rows of `columns`: (n, f, 3, h, w) -> (f, 3, H, W)."""
+def grid(videos: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Lay clips (n, f, 3, h, w) out as one (f, 3, H, W), near-square, white gaps between."""
     n, f, c, h, w = videos.shape
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     tiles = videos.new_ones(rows * columns, f, c, h + gap, w + gap)  # white where no clip lies
     tiles[:n, :, :, :h, :w] = videos

@@ -55,8 +55,7 @@ def load_stable_diffusion(folder: Path, frames: int) -> MagicVideo:
     model = MagicVideo(config, tokenizer)
     loaded = sum(load_part(getattr(model, part), folder / part) for part in PARTS)
     new = sum(p.numel() for name, p in model.named_parameters() if is_video_parameter(name))
-    print(f"{folder}: {loaded:,} parameters of Stable Diffusion loaded; {new:,} new ones (adaptors, "
-          f"temporal attention, FPS) start with zero effect")
+    print(f"{folder}: {loaded:,} parameters of Stable Diffusion, {new:,} new ones of zero effect")
     return model.eval()
 
 
@@ -70,11 +69,9 @@ def read_config(folder: Path, frames: int) -> MagicVideoConfig:
     for part, fixed in FIXED.items():
         for key, value in fixed.items():
             if configs[part].get(key, value) != value:
-                raise InputError(f"{folder}/{part}/config.json: {key} is {configs[part][key]!r}, in "
-                                 f"Stable Diffusion 1.x it is {value!r}; {REMEDY}")
-    unet = configs["unet"]
-    vae = configs["vae"]
-    text = configs["text_encoder"]
+                raise InputError(f"{folder}/{part}/config.json: {key} is {configs[part][key]!r}, "
+                                 f"in Stable Diffusion 1.x it is {value!r}; {REMEDY}")
+    text, vae, unet = (configs[part] for part in PARTS)
     try:
         heads = unet["attention_head_dim"]  # means the number of heads in SD 1.x
         vae_channels = tuple(vae["block_out_channels"])
@@ -98,7 +95,7 @@ def read_config(folder: Path, frames: int) -> MagicVideoConfig:
 
 
 def load_part(module: nn.Module, folder: Path) -> int:
-    """Fill a module from a folder, strictly, and return how many numbers: video parts may be missing.
+    """Fill a module from a folder and return how many numbers; only video parts may be missing.
 
     Raises InputError for a weight that is missing, left over or of another shape.
     """
@@ -125,37 +122,23 @@ def load_part(module: nn.Module, folder: Path) -> int:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a part: one file or shards, .safetensors or .bin, fp32 before fp16."""
-    names = []
-    for index in ("", ".index"):
-        for variant in ("", ".fp16"):
-            for kind in ("safetensors", "bin"):
-                for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
-                    names.append(f"{stem}.{kind}.index{variant}.json" if index
-                                 else f"{stem}{variant}.{kind}")
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
+    """Read all tensors of a part to the CPU, running no code: .safetensors or .bin, fp32 first."""
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    files = [folder / f"{stem}{suffix}" for stem in stems
+             for suffix in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")]
+    files = [file for file in files if file.is_file()]
+    if not files:
         raise InputError(f"{folder}: no weights (.safetensors or .bin) here; {REMEDY}")
-    if file.suffix != ".json":
-        return read_tensors(file)
-    tensors = {}
-    for shard in sorted(set(read_json(file).get("weight_map", {}).values())):
-        tensors |= read_tensors(folder / Path(shard).name)
-    return tensors
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read one .safetensors or .bin to the CPU, running no code. InputError if it is damaged."""
     try:
-        if file.suffix == ".safetensors":
+        if files[0].suffix == ".safetensors":
             from safetensors.torch import load_file
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(files[0])
+        return torch.load(files[0], map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise InputError(f"{file}: needs a package; pip install safetensors") from error
+        raise InputError(f"{files[0]}: needs a package; pip install safetensors") from error
     except Exception as error:  # safetensors and torch have many for a damaged file
         reason = str(error).splitlines()[0][:80]
-        raise InputError(f"{file}: damaged or cut off ({reason}); download it again") from error
+        raise InputError(f"{files[0]}: damaged or cut off ({reason}); get it again") from error
 
 
 def read_json(file: Path) -> dict:
@@ -165,7 +148,7 @@ def read_json(file: Path) -> dict:
     except FileNotFoundError as error:
         raise InputError(f"{file}: there is no such file; {REMEDY}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}); download it again") from error
+        raise InputError(f"{file}: not JSON ({error}); get it again") from error
     if not isinstance(contents, dict):
-        raise InputError(f"{file}: not a JSON object; download it again")
+        raise InputError(f"{file}: not a JSON object; get it again")
     return contents

@@ -4,6 +4,7 @@ Preset `tiny` alone trains so; `small` and `paper` train and sample as `diffusio
 trick was measured (docs/measurements.md); a reader of the paper can leave all of them out.
 """
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import ClipDataset
-from diffusion import SAMPLERS, Diffusion, DiffusionConfig, Generators, cast, seeded_randn
+from diffusion import Diffusion, DiffusionConfig, cast, seeded_randn
 
 
 class VDiffusion(Diffusion):
@@ -57,8 +58,7 @@ class StaggeredDiffusion(VDiffusion):
 
     With a causal mask frame i cannot see frame i+1. If all frames are equally noisy, each picks an
     object position independently, and the object jumps. With a lag, frames are denoised one after
-    another, and each sees the earlier frames more clearly than itself. Single frames, the image
-    model without fps, are not staggered.
+    another, and each sees the earlier frames more clearly than itself.
     """
 
     frame_lag = 100  # timesteps between neighbouring frames
@@ -78,8 +78,6 @@ class StaggeredDiffusion(VDiffusion):
         Frames already clean or still pure noise are left out; what remains is divided by how many
         frames count on average, so that the mean over any clips estimates one loss.
         """
-        if fps is None:
-            return super().loss(model, z0, context, fps, t, eps, generator)
         b, f = z0.shape[:2]
         t = torch.randint(self.num_steps, (b,), generator=generator) if t is None else t
         eps = seeded_randn(z0.shape, generator).to(z0) if eps is None else eps
@@ -91,33 +89,15 @@ class StaggeredDiffusion(VDiffusion):
         counted = ((every_t >= 0) & (every_t < self.num_steps)).sum() / self.num_steps
         return (error * (unclamped == t).to(error)).sum(1) / float(counted)
 
-    @torch.no_grad()
-    def sample(self, model, shape, context, uncond, fps, sampler="ddim", steps=50, guidance=7.5,
-               eta=0.0, generator: Generators = None) -> Tensor:
-        """Walk from noise to z_0 as `Diffusion.sample` does, frame after frame."""
-        if fps is None:
-            return super().sample(model, shape, context, uncond, fps, sampler, steps, guidance, eta,
-                                  generator)
-        if sampler not in SAMPLERS:
-            raise ValueError(f'sampler "{sampler}": use {" or ".join(SAMPLERS)}')
-        z = seeded_randn(shape, generator).to(context)
+    def step(self, network, z, t, t_prev, sampler, eta, noise) -> Tensor:
+        """Step the frames that are neither clean nor pure noise; the others stay."""
         last = self.num_steps - 1
-        timesteps = self.timesteps(steps)
-        pairs = zip(timesteps, [*timesteps[1:], -1])
-        for t, t_prev in tqdm(pairs, "sampling", steps, leave=False, disable=None):
-            t = self.frame_timesteps(torch.full(shape[:1], t), shape[1])  # (b, f)
-            t_prev = self.frame_timesteps(torch.full(shape[:1], t_prev), shape[1])
-            is_active = (t >= 0) & (t_prev < last)  # not yet clean, no longer pure noise
-            t = t.clamp(0, last)
-            t_prev = t_prev.clamp(-1, last)
-            output = self.guided_output(model, z, t, context, uncond, fps, guidance)
-            noise = seeded_randn(shape, generator).to(z) if sampler == "ddpm" or eta > 0 else 0 * z
-            if sampler == "ddim":
-                z_prev = self.ddim_step(z, output, t, t_prev, eta, noise)
-            else:
-                z_prev = self.ddpm_step(z, output, t, t_prev, noise)
-            z = torch.where(is_active.to(z.device)[..., None, None, None], z_prev, z)
-        return z
+        t = self.frame_timesteps(t, z.shape[1])  # (b, f)
+        t_prev = self.frame_timesteps(t_prev, z.shape[1])
+        is_active = ((t >= 0) & (t_prev < last)).to(z.device)
+        z_prev = super().step(network, z, t.clamp(0, last), t_prev.clamp(-1, last), sampler, eta,
+                              noise)
+        return torch.where(is_active[..., None, None, None], z_prev, z)
 
 
 def thumbnail_loss(mean: Tensor, video: Tensor) -> Tensor:
@@ -134,31 +114,6 @@ def thumbnail_loss(mean: Tensor, video: Tensor) -> Tensor:
     identity = torch.eye(len(covariance)).to(covariance)
     decorrelation = (covariance[3:] - identity[3:]).square().mean()
     return F.mse_loss(mean[:, :, :3], small) + decorrelation
-
-
-@torch.no_grad()
-def initialise(text_encoder: nn.Module, vae: nn.Module) -> None:
-    """Set the weights with which training from nothing starts; loaded weights overwrite them."""
-    text = text_encoder.text_model
-    width = text_encoder.config.width
-    # At CLIP's 0.02 the first steps can make two words alike: single frames say nothing of "left"
-    # and "right", and stage video never told them apart again. At 1, words stay distinct.
-    nn.init.normal_(text.embeddings.token_embedding.weight, std=1.0)
-    nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
-    for layer in text.encoder.layers:
-        attention = layer.self_attn
-        # a normalised input comes out with variance 1, or 1/2 per hidden unit of the MLP (as CLIP)
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-        nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
-        # two outputs a layer are added to the residual stream, whose size shall stay (as CLIP)
-        for linear in (attention.out_proj, layer.mlp.fc2):
-            nn.init.normal_(linear.weight, std=(2 * width * len(text.encoder.layers)) ** -0.5)
-    for module in text.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-    # sigma starts at exp(-3): with noise of size 1 the decoder would first learn to ignore latents
-    vae.quant_conv.bias[vae.config.latent_channels :] = -6.0
 
 
 class Muon(torch.optim.Optimizer):
@@ -229,8 +184,19 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
     return [*optimizers, Muon(for_muon)] if muon else optimizers
 
 
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], peaks: tuple[float, ...], step: int,
+                       steps: int, warmup: int) -> None:
+    """Raise the learning rate of every group linearly from its start, then lower it as a cosine."""
+    for optimizer, peak in zip(optimizers, peaks):
+        for group in optimizer.param_groups:
+            done = max(0, step - group["start"])
+            rise = min(1.0, (done + 1) / max(warmup, 1))
+            fall = 0.5 * (1 + math.cos(math.pi * done / (steps - group["start"])))
+            group["lr"] = group["lr_scale"] * peak * rise * fall
+
+
 class EMA:
-    """Moving average of weights; its decay rises as (1 + n) / (10 + n), to forget the noisy start."""
+    """Moving average of weights; its decay rises as (1 + n) / (10 + n), to forget the start."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
         self.parameters = parameters
@@ -261,27 +227,16 @@ class EMA:
             p.data, self.shadow[i] = self.shadow[i], p.data
 
 
-class LatentCache(ClipDataset):
-    """Latents of `count` cuts of clips, encoded once: [i] -> {"z0", "caption", "fps"}.
-
-    Each of `world` processes encodes its share.
-    """
-
-    def __init__(self, model, clips: ClipDataset, count: int, rank: int = 0, world: int = 1):
-        items = []
-        for n in tqdm(range(rank, count, world), "encoding", leave=False, disable=rank > 0 or None):
-            clips.set_epoch(n // len(clips))
-            item = clips[n % len(clips)]
-            z0 = model.encode(item.pop("video")[None])[0].cpu()
-            items.append({**item, "z0": z0})
-        shares = [items]
-        if world > 1:
-            shares = [None] * world
-            dist.all_gather_object(shares, items)
-        self.items = [shares[n % world][n // world] for n in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.items[i]
+def encode_clips(model, clips: ClipDataset, count: int, rank: int, world: int) -> list[dict]:
+    """Encode `count` cuts of clips once to {"z0", "caption", "fps"}; processes share the work."""
+    items = []
+    for n in tqdm(range(rank, count, world), "encoding", leave=False, disable=rank > 0 or None):
+        clips.set_epoch(n // len(clips))
+        item = clips[n % len(clips)]
+        z0 = model.encode(item.pop("video")[None])[0].cpu()
+        items.append({**item, "z0": z0})
+    shares = [items]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, items)
+    return [shares[n % world][n // world] for n in range(count)]

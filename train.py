@@ -6,9 +6,9 @@
     interpolate   by --stage alone: the frames between two key frames        (paper §3)
     upscale       by --stage alone: frames of four times the size            (paper §3)
 
-A stage trains its weights and hands their moving average on. All random numbers of a step are drawn
-from (seed, stage, step) for the whole batch, of which each process takes its shard: a resumed run
-goes on as if it had never stopped, and several processes train as one does.
+A stage hands the moving average of its weights on. All random numbers of a step are drawn from
+(seed, stage, step) for the whole batch, of which each process takes its shard: a resumed run goes
+on as if it had never stopped, and several processes train as one does.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
@@ -36,13 +36,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cascade
-from data import ClipDataset, ClipFolder, InputError, ShapesDataset
-from magicvideo import PRESETS, MagicVideo, MagicVideoConfig, load_checkpoint, pick_device
+from data import ClipDataset, InputError, open_data
+from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
 from runs import (append_log, gather, join_ranks, loss_by_timestep_bin, new_folder, plot_losses,
                   rank, save_checkpoint, start_ranks, stop_signals, world)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
-from tiny import EMA, LatentCache, build_optimizers, initialise, thumbnail_loss
+from tiny import EMA, build_optimizers, encode_clips, set_learning_rates, thumbnail_loss
 from unet3d import Level
 
 BASE_STAGES = ("vae", "image", "video")
@@ -73,8 +73,7 @@ class Settings:
     batch_size: int = flag(16, "clips per step, of all processes (stage image: times the frames)")
     vae_batch_size: int = flag(12, "frames per step of stage vae")
     accumulate: int = flag(1, "micro-batches per step: less memory, more time")
-    lr: float = flag(2.5e-3, "peak learning rate of AdamW in the U-Net")
-    vae_lr: float = flag(3e-3, "peak learning rate of AdamW in the VAE")
+    lr: float = flag(2.5e-3, "peak learning rate of AdamW")
     muon_lr: float = flag(0.02, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
     video_lr_scale: float = flag(5.0, "learning rate of the video layers, times --lr")
     warmup: int = flag(50, "steps over which the learning rate rises")
@@ -102,12 +101,11 @@ GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "thumbnail": 0.0, "video_lr_scale": 
                 "kl_weight": 1e-4, "cascade_steps": 50_000}
 PRESET_SETTINGS = {
     "tiny": {},
-    "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "vae_lr": 2e-4,
-              "ema": 0.9995, "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000,
-              "video_steps": 100_000},
-    "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "vae_lr": 5e-5,
-              "ema": 0.9999, "warmup": 1000, "precision": "bf16", "gradient_checkpointing": True,
-              "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000},
+    "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
+              "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
+    "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "ema": 0.9999,
+              "warmup": 1000, "vae_steps": 50_000, "image_steps": 100_000, "video_steps": 200_000,
+              "precision": "bf16", "gradient_checkpointing": True},
 }
 
 
@@ -157,14 +155,8 @@ def make_generator(seed: int, stage: str, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-@lru_cache(maxsize=4)
-def epoch_order(count: int, seed: int, stage: str, epoch: int) -> list[int]:
-    """Shuffle the items of an epoch."""
-    return torch.randperm(count, generator=make_generator(seed, stage, 0, epoch)).tolist()
-
-
-def read_batch(clips: ClipDataset, size: int, step: int, stage: str, s: Settings,
-               micro: int = 0) -> tuple[dict, Callable]:
+def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str, s: Settings,
+               micro: int = 0) -> tuple[list[dict], Callable]:
     """Read this process's shard of a batch, and make the function that draws its random numbers.
 
     random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4). Raises
@@ -176,25 +168,20 @@ def read_batch(clips: ClipDataset, size: int, step: int, stage: str, s: Settings
                          f"by {world()} processes x {s.accumulate} micro-batches; give a multiple")
     shard = slice(rank() * s.accumulate + micro, size, shards)
     items = []
-    for n in range(size)[shard]:
+    for n in range(size)[shard]:  # every item once an epoch, each epoch shuffled anew
         epoch, place = divmod(step * size + n, len(clips))
-        clips.set_epoch(epoch)
-        items.append(clips[epoch_order(len(clips), s.seed, stage, epoch)[place]])
+        order = torch.randperm(len(clips), generator=make_generator(s.seed, stage, 0, epoch))
+        if isinstance(clips, ClipDataset):  # not latents
+            clips.set_epoch(epoch)
+        items.append(clips[int(order[place])])
     generator = make_generator(s.seed, stage, 1, step)
-    return collate(items), lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
-
-
-def collate(items: list[dict]) -> dict:
-    """Stack clips, as pixels or latents, to a batch."""
-    x = torch.stack([item["z0"] if "z0" in item else item["video"] for item in items])
-    return {"x": x, "is_latent": "z0" in items[0], "caption": [item["caption"] for item in items],
-            "fps": torch.tensor([item["fps"] for item in items])}
+    return items, lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
 
 
 class StageLoss(nn.Module):
-    """What each stage minimises: a batch -> the error of each clip (b,), its timesteps or None.
+    """What each stage minimises, as one module for DistributedDataParallel.
 
-    One module, so that DistributedDataParallel can average the gradients of its parameters.
+    Items of a data set -> the error of each clip (b,), and its timesteps (b,) or None.
     """
 
     def __init__(self, model: MagicVideo, network: nn.Module, stage: str, s: Settings):
@@ -204,19 +191,22 @@ class StageLoss(nn.Module):
         self.stage = stage
         self.s = s
 
-    def forward(self, batch: dict, random: Callable, frames: int) -> tuple[Tensor, Tensor | None]:
+    def forward(self, items: list[dict], random: Callable,
+                frames: int) -> tuple[Tensor, Tensor | None]:
         """Compute the loss of the stage on `frames` frames in a row of each clip."""
-        first = random(partial(torch.randint, batch["x"].shape[1] - frames + 1))
-        x = torch.stack([clip[i : i + frames] for clip, i in zip(batch["x"], first)])
-        x = x.to(self.model.device)  # (b, f, ...)
+        device = self.model.device
+        clips = [item["z0"] if "z0" in item else item["video"] for item in items]
+        first = random(partial(torch.randint, len(clips[0]) - frames + 1))
+        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(device)
         if self.stage == "vae":
             return self.vae(x, random), None
-        if not batch["is_latent"] and self.stage != "upscale":
+        if "video" in items[0] and self.stage != "upscale":
             x = self.model.encode(x)
-        captions = ["" if u < self.s.text_dropout else caption  # "" for classifier-free guidance
-                    for u, caption in zip(random(torch.rand), batch["caption"])]
+        captions = ["" if u < self.s.text_dropout else item["caption"]  # "" trains guidance
+                    for u, item in zip(random(torch.rand), items)]
         context = self.model.encode_text(captions)
-        fps = None if self.stage == "image" else batch["fps"].to(x.device)
+        fps = torch.tensor([item["fps"] for item in items], device=device)
+        fps = None if self.stage == "image" else fps
         t = random(partial(torch.randint, self.model.diffusion.num_steps))
         if self.stage in cascade.CASCADE_STAGES:
             return self.network.loss(x, context, fps, t, random), t
@@ -248,12 +238,12 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
     trains with the U-Net. Video layers start at zero and learn faster (ours: the paper is silent).
     Raises InputError for a --trainable that leaves none.
     """
-    named = [*network.named_parameters()]
+    named = dict(network.named_parameters())
     if stage in ("image", "video") and not model.config.pretrained:
-        named += [(f"text_encoder.{name}", p) for name, p in model.text_encoder.named_parameters()]
-    named = [(name, p) for name, p in named if re.search(s.trainable, name)]
-    image = [p for name, p in named if not is_video_parameter(name)]
-    video = [p for name, p in named if is_video_parameter(name)]
+        named |= {f"text_encoder.{name}": p for name, p in model.text_encoder.named_parameters()}
+    chosen = [name for name in named if re.search(s.trainable, name)]
+    image = [name for name in chosen if not is_video_parameter(name)]
+    video = [name for name in chosen if is_video_parameter(name)]
     if stage == "vae" and model.config.pretrained:  # latents must stay what the U-Net knows
         image = []
     if stage == "image":
@@ -262,16 +252,10 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
         raise InputError(f'--trainable "{s.trainable}": matches nothing that stage {stage} trains')
     # Stage vae sees single frames while its encoder learns, since frames of a clip are too similar
     # to teach it more than one of them does, and clips in its last fifth, for the temporal layers.
-    learns = image and any(name.startswith("encoder.") for name, _ in named)
-    start = int(0.8 * s.vae_steps) if stage == "vae" and learns else 0
-    return [{"params": image, "lr_scale": 1.0, "start": 0},
-            {"params": video, "lr_scale": s.video_lr_scale, "start": start}]
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Rise linearly, then fall to 0 as half a cosine."""
-    rise = min(1.0, (step + 1) / max(warmup, 1))
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+    start = int(0.8 * s.vae_steps) if any(name.startswith("encoder.") for name in image) else 0
+    image = {"params": [named[name] for name in image], "lr_scale": 1.0, "start": 0}
+    video = {"params": [named[name] for name in video], "lr_scale": s.video_lr_scale}
+    return [image, {**video, "start": start}]
 
 
 def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
@@ -313,34 +297,23 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
     source = clips
     if s.cache and stage in ("image", "video", "interpolate"):
         count = s.cache if s.data == "shapes" else max(s.cache, len(clips))
-        source = LatentCache(model, clips, count, rank(), world())
+        source = encode_clips(model, clips, count, rank(), world())
     steps = s.steps(stage)
-    peak_lrs = (s.vae_lr if stage == "vae" else s.lr, s.muon_lr)
     started = time.time()
     bar = tqdm(range(ema.count, steps), f"{stage:6}", steps, initial=ema.count, dynamic_ncols=True,
                disable=rank() > 0)
     with stop_signals() as stop:
         for step in bar:
-            for optimizer, peak_lr in zip(optimizers, peak_lrs):
-                for group in optimizer.param_groups:
-                    begun = step - min(group["start"], step)
-                    group["lr"] = group["lr_scale"] * learning_rate(
-                        begun, steps - step + begun, peak_lr, s.warmup)
-
-            frames = clips.frames
-            size = s.batch_size
-            if stage == "image":
-                frames = 1
-                size = s.batch_size * clips.frames
-            if stage == "vae" and step < optimizers[0].param_groups[1]["start"]:
-                frames = 1
-            if stage == "vae":
-                size = s.vae_batch_size if frames == 1 else 4
+            set_learning_rates(optimizers, (s.lr, s.muon_lr), step, steps, s.warmup)
+            clips_begin = optimizers[0].param_groups[1]["start"]
+            frames = 1 if stage == "image" or step < clips_begin else clips.frames
+            size = {"vae": s.vae_batch_size if frames == 1 else 4,
+                    "image": s.batch_size * clips.frames}.get(stage, s.batch_size)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             for micro in range(s.accumulate):
-                batch, random = read_batch(source, size, step, stage, s, micro)
+                items, random = read_batch(source, size, step, stage, s, micro)
                 with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
-                    errors, t = compute_loss(batch, random, frames)  # (b,)
+                    errors, t = compute_loss(items, random, frames)  # (b,)
                     loss = errors.mean() / s.accumulate
                 loss.backward()
                 total[0] += loss.item() / world()
@@ -349,29 +322,29 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
             if world() > 1:
                 dist.all_reduce(total)
             if not math.isfinite(total[0] + norm):
-                rates = ["--vae-lr" if stage == "vae" else "--lr", "--muon-lr"][: 1 + (s.muon_lr > 0)]
-                raise InputError(f"stage {stage}, step {step}: the loss is {total[0]:.4g}, its gradient "
-                                 f"{norm:.4g}; lower {' and '.join(rates)} ({out} is as last saved)")
+                rates = "--lr and --muon-lr" if s.muon_lr else "--lr"
+                raise InputError(f"stage {stage}, step {step}: the loss is {total[0]:.4g}, its "
+                                 f"gradient {norm:.4g}; lower {rates} ({out} is as last saved)")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             ema.update()
 
-            last = step + 1 == steps
             bar.set_postfix(loss=f"{total[0]:.4f}", refresh=False)
             if rank() == 0:
-                row = {"stage": stage, "step": step + 1, "loss": f"{total[0]:.6f}",
+                done = step + 1
+                row = {"stage": stage, "step": done, "loss": f"{total[0]:.6f}",
                        "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
                        "seconds": f"{time.time() - started:.1f}",
                        **loss_by_timestep_bin(errors, t, model.diffusion.num_steps)}
-                if s.sample_every and (last or (step + 1) % s.sample_every == 0):
+                if s.sample_every and (done == steps or done % s.sample_every == 0):
                     with ema.applied():
                         row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
-                        picture = out / "samples" / f"{stage}-{step + 1:06d}.png"
+                        picture = out / "samples" / f"{stage}-{done:06d}.png"
                         save_samples(picture, model, stage, held_out)
                 append_log(out / "log.csv", row)
-                if last or total[1] or (step + 1) % s.save_every == 0:
-                    save_run(out, model, network, stage, step + 1, optimizers, ema, clips, s)
+                if done == steps or total[1] or done % s.save_every == 0:
+                    save_run(out, model, network, stage, done, optimizers, ema, clips, s)
             if total[1]:
                 raise KeyboardInterrupt
     ema.swap()
@@ -396,7 +369,7 @@ def held_out_loss(stage_loss: StageLoss, held_out: ClipDataset, frames: int) -> 
     items = [held_out[i] for i in range(min(len(held_out), 16))]
     generator = torch.Generator().manual_seed(0)
     errors, _ = stage_loss(
-        collate(items), lambda draw, *shape: draw((len(items), *shape), generator=generator), frames)
+        items, lambda draw, *shape: draw((len(items), *shape), generator=generator), frames)
     return f"{errors.mean():.6f}"
 
 
@@ -460,28 +433,6 @@ def start(given: dict) -> tuple[Settings, MagicVideo | None]:
     return s, model
 
 
-def open_clips(s: Settings, config: MagicVideoConfig) -> tuple[ClipDataset, ClipDataset]:
-    """Open the data set -> clips to train on, and every tenth, at least one, held out (ours)."""
-    frames = s.frames or config.unet.frames
-    size = config.size
-    rate_multiplier = 1
-    if s.stage == "interpolate":
-        frames = cascade.NEW_FRAMES + 2
-        rate_multiplier = cascade.NEW_FRAMES + 1
-    if s.stage == "upscale":
-        frames = 1
-        size = cascade.SCALE * config.size
-    if s.data == "shapes":
-        return tuple(ShapesDataset(split, frames, size, s.seed, rate_multiplier=rate_multiplier)
-                     for split in ("train", "test"))
-    clips = ClipFolder(s.data, frames, size, s.seed, store=s.frame_store)
-    if rank() == 0:
-        print(clips.summary())
-    held_out = range(len(clips))[9::10] or range(len(clips))[-1:]
-    trained = [i for i in range(len(clips)) if i not in held_out]
-    return clips.subset(trained or held_out), clips.subset(held_out)
-
-
 def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
           resumed: dict | None) -> None:
     """Train all stages of a run, write its model, and say where everything is."""
@@ -526,7 +477,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
         s, model = start(given)
-    clips, held_out = open_clips(s, model.config if model else PRESETS[s.preset])
+    config = model.config if model else PRESETS[s.preset]
+    frames = {"interpolate": cascade.NEW_FRAMES + 2, "upscale": 1}.get(
+        s.stage, s.frames or config.unet.frames)
+    size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
+    rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
+    clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier,
+                                s.frame_store)
     processes = []
     if arguments is None and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
         count = flags.ranks or max(n for n in (1, 2, 4) if n <= os.cpu_count())
@@ -537,7 +494,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not model:
             captions = [caption for caption in clips.captions if caption]
             model = MagicVideo.from_preset(s.preset, s.frames, captions)
-            initialise(model.text_encoder, model.vae)
+            # sigma starts at exp(-3): with noise of size 1 the decoder would ignore the latents
+            nn.init.constant_(model.vae.quant_conv.bias[model.config.vae.latent_channels :], -6.0)
         train(model.to(device).train(), clips, held_out, s, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()

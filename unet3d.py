@@ -314,17 +314,25 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The layers of one resolution: image parts and, in parallel lists, the video parts."""
 
-    def __init__(self, inputs: list[int], c: int, attentions: int, config: UNetConfig):
+    def __init__(self, inputs: list[int], c: int, attentions: int, config: UNetConfig,
+                 downsample: bool = False, upsample: bool = False):
         super().__init__()
+        frames = config.frames
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, config) for c_in in inputs)
         self.attentions = nn.ModuleList(SpatialTransformer(c, config) for _ in range(attentions))
-        if config.frames:
-            self.resnet_adaptors = nn.ModuleList(
-                nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(2)) for _ in inputs)
+        self.downsamplers = nn.ModuleList([Downsample(c)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c)] if upsample else [])
+        if frames:
+            pairs = [[FrameAdaptor(frames, c), FrameAdaptor(frames, c)] for _ in inputs]
+            self.resnet_adaptors = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
             self.attention_adaptors = nn.ModuleList(
-                FrameAdaptor(config.frames, c) for _ in range(attentions))
+                FrameAdaptor(frames, c) for _ in range(attentions))
             self.temporal_attentions = nn.ModuleList(
                 DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions))
+            self.downsampler_adaptors = nn.ModuleList(
+                FrameAdaptor(frames, c) for _ in self.downsamplers)
+            self.upsampler_adaptors = nn.ModuleList(
+                FrameAdaptor(frames, c) for _ in self.upsamplers)
 
     def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
         """Resnet i and, where there is one, the ST block i (paper §3.2.2 and figure).
@@ -340,53 +348,6 @@ class Level(nn.Module):
         s_attn = self.attentions[i](z, context, self.attention_adaptors[i])
         return s_attn + self.temporal_attentions[i](z)
 
-    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
-        for i in range(len(self.resnets)):
-            z = self.layer(i, z, emb, context, video)
-        return z
-
-
-class DownLevel(Level):
-    """A level of the encoder half: each layer's output is a skip; all but the last downsample."""
-
-    def __init__(self, c_in: int, c: int, attention: bool, last: bool, config: UNetConfig):
-        inputs = [c_in] + [c] * (config.layers - 1)
-        super().__init__(inputs, c, config.layers if attention else 0, config)
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c)])
-        if config.frames and not last:
-            self.downsampler_adaptors = nn.ModuleList([FrameAdaptor(config.frames, c)])
-
-    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool,
-                skips: list[Tensor]) -> Tensor:
-        for i in range(len(self.resnets)):
-            z = self.layer(i, z, emb, context, video)
-            skips.append(z)
-        if self.downsamplers:
-            z = per_frame(self.downsamplers[0], z)  # (b, f, c, h/2, w/2)
-            z = self.downsampler_adaptors[0](z) if video else z
-            skips.append(z)
-        return z
-
-
-class UpLevel(Level):
-    """A level of the decoder half: each layer reads a skip; all but the last upsample."""
-
-    def __init__(self, inputs: list[int], c: int, attention: bool, last: bool, config: UNetConfig):
-        super().__init__(inputs, c, len(inputs) if attention else 0, config)
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c)])
-        if config.frames and not last:
-            self.upsampler_adaptors = nn.ModuleList([FrameAdaptor(config.frames, c)])
-
-    def forward(self, z: Tensor, emb: Tensor, context: Tensor, video: bool,
-                skips: list[Tensor]) -> Tensor:
-        for i in range(len(self.resnets)):
-            z = torch.cat([z, skips.pop()], dim=2)  # (b, f, c + c_skip, h, w)
-            z = self.layer(i, z, emb, context, video)  # (b, f, c, h, w)
-        if self.upsamplers:
-            z = per_frame(self.upsamplers[0], z)  # (b, f, c, 2h, 2w)
-            z = self.upsampler_adaptors[0](z) if video else z
-        return z
-
 
 class UNet3D(nn.Module):
     """Noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (§3.2).
@@ -400,26 +361,27 @@ class UNet3D(nn.Module):
         super().__init__()
         self.config = config
         c = config.channels
-        n = len(c)
         self.conv_in = nn.Conv2d(config.in_channels, c[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(c[0])
-        self.down_blocks = nn.ModuleList(
-            DownLevel(c[max(i - 1, 0)], c[i], config.attention[i], i == n - 1, config)
-            for i in range(n))
-        self.mid_block = Level([c[-1], c[-1]], c[-1], 1, config)
-
-        # widths of the skips, in the order they are made; the decoder half takes them from the end
+        # z_width is the width of z, skips those of the outputs kept for the decoder half
+        z_width = c[0]
         skips = [c[0]]
-        for i in range(n):
-            skips += [c[i]] * (config.layers + (i < n - 1))
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(c):
+            last = i == len(c) - 1
+            inputs = [z_width] + [width] * (config.layers - 1)
+            attentions = config.layers * config.attention[i]
+            self.down_blocks.append(Level(inputs, width, attentions, config, downsample=not last))
+            skips += [width] * (config.layers + (not last))
+            z_width = width
+        self.mid_block = Level([z_width, z_width], z_width, 1, config)
         self.up_blocks = nn.ModuleList()
-        z_width = c[-1]
-        for i in reversed(range(n)):
-            inputs = []
-            for _ in range(config.layers + 1):
-                inputs.append(z_width + skips.pop())
-                z_width = c[i]
-            self.up_blocks.append(UpLevel(inputs, c[i], config.attention[i], i == 0, config))
+        for i, width in reversed([*enumerate(c)]):
+            widths = [z_width] + [width] * config.layers
+            inputs = [width_j + skips.pop() for width_j in widths]
+            attentions = len(inputs) * config.attention[i]
+            self.up_blocks.append(Level(inputs, width, attentions, config, upsample=i > 0))
+            z_width = width
         self.conv_norm_out = nn.GroupNorm(config.groups, c[0], eps=1e-5)
         self.conv_out = nn.Conv2d(c[0], config.out_channels, 3, padding=1)
         if config.frames:  # the video parts outside the levels
@@ -440,9 +402,21 @@ class UNet3D(nn.Module):
         z = self.conv_in_adaptor(z) if video else z
         skips = [z]
         for level in self.down_blocks:
-            z = level(z, emb, context, video, skips)
-        z = self.mid_block(z, emb, context, video)
+            for i in range(len(level.resnets)):
+                z = level.layer(i, z, emb, context, video)
+                skips.append(z)
+            if level.downsamplers:
+                z = per_frame(level.downsamplers[0], z)  # (b, f, c, h/2, w/2)
+                z = level.downsampler_adaptors[0](z) if video else z
+                skips.append(z)
+        for i in range(2):
+            z = self.mid_block.layer(i, z, emb, context, video)
         for level in self.up_blocks:
-            z = level(z, emb, context, video, skips)
+            for i in range(len(level.resnets)):
+                z = torch.cat([z, skips.pop()], dim=2)  # (b, f, c + c_skip, h, w)
+                z = level.layer(i, z, emb, context, video)  # (b, f, c, h, w)
+            if level.upsamplers:
+                z = per_frame(level.upsamplers[0], z)  # (b, f, c, 2h, 2w)
+                z = level.upsampler_adaptors[0](z) if video else z
         z = per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, z)))
         return self.conv_out_adaptor(z) if video else z
