@@ -187,10 +187,7 @@ class Upscaler(nn.Module):
 
     @torch.no_grad()
     def sample(self, videos: Tensor, context: Tensor, steps: int = 4, seed: int = 0) -> Tensor:
-        """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d).
-
-        Raises ValueError where there is not a text for each clip.
-        """
+        """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d)."""
         if len(context) != len(videos):
             raise ValueError(f"{len(context)} texts for {len(videos)} clips: give one for each")
         clips = [self.sample_clip(video, text, steps, seed + i)

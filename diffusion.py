@@ -73,10 +73,7 @@ class Diffusion:
     def sample(self, model: Callable, shape: tuple[int, ...], context: Tensor, uncond: Tensor,
                fps: Tensor | None, sampler: str = "ddim", steps: int = 50, guidance: float = 7.5,
                eta: float = 0.0, generator: Generators = None) -> Tensor:
-        """Walk from noise to z_0: shape (b, f, c, h, w), context, uncond (b, l, d), fps (b,).
-
-        `generator` can be a list, one for each clip; eta 0 makes "ddim" deterministic.
-        """
+        """Walk from noise to z_0: shape (b, f, c, h, w), context and uncond (b, l, d), fps (b,)."""
         network = partial(self.guided_output, model, context=context, uncond=uncond, fps=fps,
                           guidance=guidance)
         z = seeded_randn(shape, generator).to(context)

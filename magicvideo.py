@@ -73,10 +73,7 @@ class MagicVideo(nn.Module):
     @classmethod
     def from_preset(cls, name: str, frames: int | None = None,
                     captions: list[str] | None = None) -> "MagicVideo":
-        """Build an untrained model of preset "tiny", "small" or "paper".
-
-        Its tokenizer learns its merges from `captions`, by default those of the shapes data set.
-        """
+        """Build an untrained model; its tokenizer learns from `captions` or the shapes' own."""
         config = copy.deepcopy(PRESETS[name])
         config.unet.frames = frames or config.unet.frames
         captions = captions or shape_captions("train")
@@ -108,8 +105,8 @@ class MagicVideo(nn.Module):
                eta: float = 0.0, decode: bool = True) -> Tensor:
         """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
-        Clip i is drawn with seed + i, so that it is the same alone or in a batch. Without fps the
-        image model draws single frames. Guidance is the model's own unless given.
+        Clip i has seed + i, and so is the same alone or in a batch. Without fps the image model
+        draws single frames. Guidance is the model's own unless given.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -127,10 +124,7 @@ class MagicVideo(nn.Module):
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """Encode clips (b, f, 3, h, w) in [-1, 1] to latents as diffusion sees them: scaled means.
-
-        SD trains on posterior samples, which are so near the means there that we take these (ours).
-        """
+        """Encode clips (b, f, 3, h, w) to scaled posterior means; SD draws samples (ours)."""
         mean, _ = self.vae.encode(videos.to(self.device))
         return self.config.vae.scaling_factor * mean
 
@@ -179,10 +173,7 @@ class MagicVideo(nn.Module):
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu",
              frames: int | None = None) -> "MagicVideo":
-        """Load a model.pt, the folder of a run, or a Stable Diffusion folder.
-
-        Raises InputError for anything else, or where a model makes another number of frames.
-        """
+        """Load a model.pt, the folder of a run, or a Stable Diffusion folder, else InputError."""
         path = Path(path)
         if (path / "model.pt").is_file():
             path = path / "model.pt"

@@ -27,10 +27,7 @@ from data import InputError
 
 
 def save_checkpoint(path: str | Path, contents: dict) -> None:
-    """Write a file whole or not at all: to a temporary name, flushed, then renamed.
-
-    Raises InputError where it cannot be written, on a full disk for example.
-    """
+    """Write a file whole or not at all: to a temporary name, flushed, renamed. Or InputError."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
@@ -136,8 +133,7 @@ def gather(x: Tensor) -> Tensor:
 def start_ranks(count: int, arguments: list[str]) -> list[subprocess.Popen]:
     """Start this command again as ranks 1 .. count - 1 of torchrun; this process becomes rank 0.
 
-    Two processes of one thread each keep two cores busier than one process of two threads, since
-    the matrices of a small network are small.
+    Matrices are so small that two processes keep two cores busier than two threads do.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

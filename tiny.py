@@ -20,10 +20,10 @@ from diffusion import Diffusion, DiffusionConfig, cast, seeded_randn
 class VDiffusion(Diffusion):
     """Diffusion whose last step is pure noise (Lin et al. 2023), by a network that predicts v.
 
-    A fifteenth of the signal is left in Stable Diffusion's z_{T-1}. Averaged over the similar
-    frames of a clip it gives the object's place away in training, and in sampling it is not there.
-    Without signal eps says nothing of z_0, so the network predicts v (Salimans and Ho 2022).
-    Sampling in a few steps must begin at pure noise too, which is why `cascade.py` uses this class.
+    A fifteenth of the signal is left in SD's z_{T-1}. Averaged over similar frames it gives the
+    object's place away in training, and in sampling it is not there. Without signal eps says
+    nothing of z_0, hence v (Salimans and Ho 2022). Few steps must begin at pure noise too, which is
+    why `cascade.py` uses this class.
     """
 
     def __init__(self, config: DiffusionConfig | None = None):
@@ -119,8 +119,8 @@ def thumbnail_loss(mean: Tensor, video: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose update matrices have singular values near 1 (Jordan et al. 2024).
 
-    For weights of linear layers, and of convolutions as matrices (out, in * kernel); torch's own
-    Muon, from 2.9 on, takes linear layers alone. `lr` is about the spectral norm of an update.
+    A convolution is a matrix (out, in * kernel); torch's own Muon, from 2.9 on, takes none. `lr` is
+    about the spectral norm of an update.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95):
@@ -164,8 +164,7 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
                      muon: bool) -> list[torch.optim.Optimizer]:
     """Make AdamW and, with `muon`, Muon for the weight matrices of `modules` in `groups`.
 
-    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's. Muon's updates have
-    the size that they should have, whatever a group's lr_scale.
+    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's; lr_scale is, too.
     """
     matrices = set()
     for module in modules if muon else []:
@@ -214,17 +213,17 @@ class EMA:
 
     @contextmanager
     def applied(self):
-        """Put the averages in the model for a while."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
+        """Exchange weights and averages for a while."""
+        weights = [p.data for p in self.parameters]
+        self.copy_to_weights()
+        yield
+        for p, weight in zip(self.parameters, weights):
+            p.data = weight
 
-    def swap(self) -> None:
-        """Exchange averages and weights."""
-        for i, p in enumerate(self.parameters):
-            p.data, self.shadow[i] = self.shadow[i], p.data
+    def copy_to_weights(self) -> None:
+        """Put the averages in the model."""
+        for p, average in zip(self.parameters, self.shadow):
+            p.data = average
 
 
 def encode_clips(model, clips: ClipDataset, count: int, rank: int, world: int) -> list[dict]:

@@ -347,7 +347,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
                     save_run(out, model, network, stage, done, optimizers, ema, clips, s)
             if total[1]:
                 raise KeyboardInterrupt
-    ema.swap()
+    ema.copy_to_weights()
     hand_over(model, network, stage, clips)
 
 

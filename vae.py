@@ -77,7 +77,8 @@ class Encoder(nn.Module):
         c = config.channels
         self.conv_in = nn.Conv2d(3, c[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownLevel(c[max(i - 1, 0)], c[i], i == len(c) - 1, config) for i in range(len(c)))
+            Level(c_in, c_out, config.layers, config, downsample=i < len(c) - 1)
+            for i, (c_in, c_out) in enumerate(zip((c[0], *c), c)))
         self.mid_block = MidBlock(c[-1], config)
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 2 * config.latent_channels, 3, padding=1)
@@ -102,7 +103,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, c[0], 3, padding=1)
         self.mid_block = MidBlock(c[0], config)
         self.up_blocks = nn.ModuleList(
-            UpLevel(c[max(i - 1, 0)], c[i], i == len(c) - 1, config) for i in range(len(c)))
+            Level(c_in, c_out, config.layers + 1, config, upsample=i < len(c) - 1)
+            for i, (c_in, c_out) in enumerate(zip((c[0], *c), c)))
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 3, 3, padding=1)
         # the video parts; both places have width c[0]
@@ -190,31 +192,18 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class DownLevel(nn.Module):
-    """Resnets of one resolution, then downsampling except at the last level (matches SD)."""
+class Level(nn.Module):
+    """The resnets of one resolution, then downsampling or upsampling or neither (matches SD)."""
 
-    def __init__(self, c_in: int, c_out: int, last: bool, config: VAEConfig):
+    def __init__(self, c_in: int, c_out: int, layers: int, config: VAEConfig,
+                 downsample: bool = False, upsample: bool = False):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, config) for i in range(config.layers))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        inputs = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(c, c_out, config) for c in inputs)
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
-
-
-class UpLevel(nn.Module):
-    """A resnet more than in the encoder, then upsampling except at the last level (matches SD)."""
-
-    def __init__(self, c_in: int, c_out: int, last: bool, config: VAEConfig):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, config) for i in range(config.layers + 1))
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.upsamplers]:
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x

@@ -1,0 +1,233 @@
+"""Judge what a clip shows: the color, shape and motion of its object, from pixels alone (ours).
+
+The judge knows neither caption nor model; its thresholds are geometry, fitted to no model's clips.
+Read `data.py` for the data set, then `lab/evaluate.py`, which counts verdicts.
+"""
+
+import colorsys
+import math
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import COLORS, MOTIONS, shape_captions
+
+WORDS = ("color", "shape", "motion")  # of a caption
+VERDICTS = (*WORDS, "direction")
+# Of each shape: how much of its bounding box it fills (a triangle 0.5, and more, since an apex
+# thinner than a pixel is not in the box), how much more of the lower half than of the upper, and
+# the logarithm of height over width.
+FILLS = {"circle": (math.pi / 4, 0, 0), "square": (1, 0, 0), "triangle": (0.54, 0.5, 0)}
+# x falls or rises, y falls or rises, the area falls or rises
+TRENDS = (("moving left", "moving right"), ("moving up", "moving down"), ("shrinking", "growing"))
+LEAST_TRENDS = (0.3, 0.3, math.log(2))  # of a clip at 8 frames a second, see ShapesDataset
+
+
+def judge(video: Tensor, fps: float = 8) -> dict[str, str | None]:
+    """Name what a clip (f, 3, h, w) in [-1, 1] shows: {"color", "shape", "motion", "direction"}.
+
+    None means "not recognisable". All are None unless in 3 of 4 frames a single object stands out
+    from the border: by 0.5 or more (red on black: 2), on 0.5 to 50 % of the frame, with 2/3 of all
+    that stands out. "direction" is that of the strongest trend, however weak; "motion" is the same
+    word if the trend is as clear as in the data set at `fps`, see `motion_words`.
+    """
+    segmented = segment_object(video)
+    if segmented is None:
+        return dict.fromkeys(VERDICTS)
+    color, coverage, times = segmented
+    motion, direction = motion_words(coverage, times, fps)
+    return {"color": color, "shape": shape_word(coverage), "motion": motion, "direction": direction}
+
+
+def segment_object(video: Tensor) -> tuple[str | None, Tensor, Tensor] | None:
+    """Find the object of a clip (f, 3, h, w): its color, its coverage (n, h, w), its frames (n,).
+
+    Coverage is how much of each pixel the object fills. Returns None if there is no single object.
+    """
+    video = video.detach().float().cpu().clamp(-1, 1)
+    f, _, h, w = video.shape
+    border = torch.ones(h, w, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    background = video[:, :, border].movedim(1, 0).flatten(1).median(1).values  # (3,)
+    contrast = video - background[:, None, None]  # (f, 3, h, w)
+    distinct = contrast.square().sum(1) > 0.5**2  # (f, h, w)
+    objects = largest_component(distinct)
+    area = objects.sum((1, 2)) / (h * w)  # (f,)
+    distinct_area = distinct.sum((1, 2)) / (h * w)
+    visible = (area > 0.005) & (area < 0.5) & (area > 2 / 3 * distinct_area)
+    if visible.sum() < 3 / 4 * f:
+        return None
+
+    # The color is that of the inside. An edge mixes it with the background, which changes the
+    # length of the contrast and not its direction: only another color differs in direction.
+    pixels = contrast[visible].movedim(1, -1)  # (n, h, w, 3)
+    objects = objects[visible]
+    inside = -F.max_pool2d(-objects.float(), 3, 1, 1) > 0
+    object_color = pixels[inside if inside.any() else objects].median(0).values  # (3,)
+    alike = F.cosine_similarity(pixels[objects], object_color, dim=-1) > 0.95
+    color = color_word(background + object_color) if alike.float().mean() > 0.9 else None
+
+    # Coverage is 1 in the object, 0 outside, between them on edges: finer than a pixel.
+    nearby = F.max_pool2d(objects.float(), 5, 1, 2)
+    coverage = pixels @ object_color / (object_color @ object_color).clamp(min=1e-6)
+    return color, nearby * coverage.clamp(max=1), torch.arange(f)[visible].float()
+
+
+def largest_component(mask: Tensor) -> Tensor:
+    """Keep the largest connected component of each frame: bool (f, h, w) -> bool (f, h, w)."""
+    labels = mask * torch.arange(1.0, mask[0].numel() + 1).view(mask[0].shape)  # (f, h, w)
+    before = None
+    while before is None or not torch.equal(labels, before):  # the highest floods its component
+        before = labels
+        vertical = F.max_pool2d(labels, (3, 1), 1, (1, 0))
+        horizontal = F.max_pool2d(labels, (1, 3), 1, (0, 1))
+        labels = mask * torch.maximum(vertical, horizontal)
+    largest = [frame[frame > 0].long().bincount(minlength=1).argmax() for frame in labels]
+    return mask & (labels == torch.stack(largest)[:, None, None])
+
+
+def color_word(color: Tensor) -> str | None:
+    """Name a color (3,) in [-1, 1] by its hue, white without one; None if dark, pale or between."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*((color + 1) / 2).tolist())
+    if value <= 0.4:
+        return None
+    if saturation <= 0.5:
+        return "white" if saturation < 0.3 else None
+    hues = {word: colorsys.rgb_to_hsv(*rgb)[0] for word, rgb in COLORS.items() if word != "white"}
+    degrees = {word: abs((hue - hues[word] + 0.5) % 1 - 0.5) * 360 for word in hues}
+    nearest = min(degrees, key=degrees.get)
+    return nearest if degrees[nearest] < 25 else None
+
+
+def shape_word(coverage: Tensor) -> str | None:
+    """Name the shape that 3 of 4 frames of (f, h, w) show, by how an object fills its box."""
+    words = []
+    for frame in coverage:
+        left, right = edges(frame.amax(0))
+        top, bottom = edges(frame.amax(1))
+        height = max(bottom - top, 1)
+        width = max(right - left, 1)
+        # A blurred triangle loses its apex and fills its shorter box as a circle does, but its
+        # lower half still more.
+        upper = ((top + bottom) / 2 - torch.arange(len(frame))).clamp(0, 1)  # (h,), part of a row
+        rows = frame.sum(1) / (height * width / 2)
+        over = float(upper @ rows)
+        under = float((1 - upper) @ rows)
+        measured = ((over + under) / 2, under - over, math.log(height / width))
+        distances = {word: math.dist(measured, FILLS[word]) for word in FILLS}
+        nearest = min(distances, key=distances.get)
+        words.append(nearest if distances[nearest] < 0.25 else None)
+    word, votes = Counter(words).most_common(1)[0]
+    return word if votes >= 3 / 4 * len(words) else None
+
+
+def edges(profile: Tensor) -> tuple[float, float]:
+    """Find where a profile (n,) first rises through 1/2 and last falls through it, in pixels."""
+    p = F.pad(profile, (1, 1))
+    above = (p >= 0.5).nonzero().flatten().tolist()
+    if not above:
+        return 0.0, 0.0
+    a, b = above[0], above[-1]
+    first = a - 0.5 - (p[a] - 0.5) / (p[a] - p[a - 1])
+    last = b - 0.5 + (p[b] - 0.5) / (p[b] - p[b + 1])
+    return float(first), float(last)
+
+
+def motion_words(coverage: Tensor, times: Tensor, fps: float) -> tuple[str | None, str]:
+    """Name the motion as the data set has it, or None, and the direction of the strongest trend.
+
+    Trends count in multiples of the least that the data set shows at 8 frames a second. The motion
+    is None if the strongest is below half of that, not twice the next, or explains less than 0.8 of
+    the variance: the object stands, moves askew, or to and fro.
+    """
+    slopes, explained = fit_trends(coverage, times)  # (3,) per frame
+    span = float(times.max() - times.min())
+    strengths = slopes * max(span, 1) / torch.tensor(LEAST_TRENDS)  # from end to end
+    first, second, _ = strengths.abs().argsort(descending=True).tolist()
+    direction = TRENDS[first][int(slopes[first] > 0)]
+    # of 8 frames or more; at 4 fps the slowest object crosses the frame
+    least = min(span / 7, 1) * 8 / max(fps, 4)
+    demanded = max(least / 2, 2 * float(strengths[second].abs()))
+    is_clear = strengths[first].abs() > demanded and explained[first] > 0.8
+    return direction if is_clear else None, direction
+
+
+def fit_trends(coverage: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit straight lines to x, y (in frame widths and heights) and log area of an object.
+
+    coverage (f, h, w), times (f,) -> slopes per frame (3,), explained shares of variance (3,).
+    """
+    _, h, w = coverage.shape
+    area = coverage.sum((1, 2)).clamp(min=1e-6)  # (f,)
+    x = coverage.sum(1) @ torch.arange(float(w)) / area / w
+    y = coverage.sum(2) @ torch.arange(float(h)) / area / h
+    tracks = torch.stack([x, y, area.log()])  # (3, f)
+    tracks = tracks - tracks.mean(1, keepdim=True)
+    times = times - times.mean()
+    slopes = tracks @ times / (times @ times).clamp(min=1e-6)
+    residual = (tracks - slopes[:, None] * times).square().sum(1)
+    return slopes, 1 - residual / tracks.square().sum(1).clamp(min=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# Counting verdicts
+
+LABELS = {"color": "color", "shape": "shape", "motion": "motion as in the data set",
+          "direction": "direction right", "all three": "color, shape, motion"}
+
+
+def balanced_prompts(split: str) -> list[str]:
+    """List 24 captions, held out ("test") or trained ("train"), with every word equally often."""
+    others = dict(zip(MOTIONS, MOTIONS if split == "test" else MOTIONS[3:] + MOTIONS[:3]))
+    words = (caption.split(" ", 3)[1:] for caption in shape_captions("test"))
+    return [f"a {color} {shape} {others[motion]}" for color, shape, motion in words]
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a rate of `right` in n, which holds near 0 and 1 too."""
+    p, z = right / n, 1.959964
+    middle = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    low = (middle - spread) / (1 + z * z / n)
+    high = (middle + spread) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+def count(name: str, captions: list[str], verdicts: list[dict]) -> dict:
+    """Count of how many clips each verdict is the caption's: {"name", "clips", verdict: rate}."""
+    hits = {key: [] for key in LABELS}
+    for caption, verdict in zip(captions, verdicts):
+        truth = dict(zip(WORDS, caption.split(" ", 3)[1:]))
+        truth["direction"] = truth["motion"]
+        for key in VERDICTS:
+            hits[key].append(verdict[key] == truth[key])
+        hits["all three"].append(all(hits[word][-1] for word in WORDS))
+    n = len(captions)
+    return {"name": name, "clips": n,
+            **{key: {"right": sum(hit), "rate": sum(hit) / n, "interval": wilson(sum(hit), n)}
+               for key, hit in hits.items()}}
+
+
+def table(counts: list[dict]) -> str:
+    """Lay counts out as text, one column each: percent right with intervals."""
+    lines = [f"{'right, % [95 % interval]':28}" + "".join(f"{row['name']:>20}" for row in counts)]
+    lines.append(f"{'clips':28}" + "".join(f"{row['clips']:20}" for row in counts))
+    for key, label in LABELS.items():
+        cells = []
+        for row in counts:
+            low, high = row[key]["interval"]
+            cells.append(f"{100 * row[key]['rate']:.0f} [{100 * low:.0f}, {100 * high:.0f}]")
+        lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def confusions(captions: list[str], verdicts: list[dict]) -> list[dict]:
+    """List which words of captions were judged to be which others, the most frequent first."""
+    pairs = [(truth, verdict[word]) for caption, verdict in zip(captions, verdicts)
+             for word, truth in zip(WORDS, caption.split(" ", 3)[1:])]
+    asked = Counter(truth for truth, _ in pairs)
+    wrong = Counter(pair for pair in pairs if pair[0] != pair[1])
+    return [{"asked": truth, "judged": word, "clips": n, "of": asked[truth]}
+            for (truth, word), n in wrong.most_common()]
