@@ -32,71 +32,58 @@ class Exercise:
 
 
 EXERCISES = [
-    Exercise(
-        "clip_text.py", "Tokenizer._merge", "paper §3, CLIP text encoder", "byte-pair encoding",
-        "Begin with single characters, the last one with `</w>` appended. As long as neighbours "
-        "are in `self._rank`, join the pair of the lowest rank. `join_pair`, above the class, "
-        "joins one pair everywhere in a word; it stays, and which pair, and until when, is yours. "
-        "START and END are symbols of their own."),
-    Exercise(
-        "clip_text.py", "Tokenizer.__call__", "paper §3, CLIP text encoder", "ids of a caption",
-        "Truncate the ids of the caption, not the end token, and pad with the end token, as Stable "
-        "Diffusion does."),
-    Exercise(
-        "diffusion.py", "Diffusion.add_noise", "paper §3.2, loss", "noise of step t",
-        "Two lines. `self.alpha_bar(t)` is float64 and has the shape to multiply z0, whether t is "
-        "(b,) or (b, f); `cast(factor, z0)` brings a factor to z0's type."),
-    Exercise(
-        "unet3d.py", "FrameAdaptor.forward", "paper §3.2.1, adaptor",
-        "a scale and a shift for each frame",
-        "`self.scale` and `self.shift` are (f, c). Frames are the second axis of z, channels the "
-        "third of (b, f, c, h, w) and the last of tokens (b, f, n, c). Raise ValueError for "
-        "another number of frames."),
-    Exercise(
-        "unet3d.py", "directed_attention", "paper §3.2.2, directed attention",
-        "attention that never looks ahead",
-        "Three masks. Where does each go: before the softmax, after it, nowhere? Rows are "
-        "queries."),
-    Exercise(
-        "unet3d.py", "DirectedTemporalAttention.forward", "paper §3.2.2, T-Attn",
-        "one sequence of frames per pixel",
-        "Norm over the channels, then a batch of b*h*w sequences of f tokens; heads by "
-        "`split_heads` and `merge_heads`; back to (b, f, c, h, w). Mind which axes you reshape "
-        "into which."),
-    Exercise(
-        "unet3d.py", "sinusoid", "paper §3.2, FPS: Sin(v)", "a number as waves",
-        "width/2 frequencies, 10000^(-k / (width/2)) for k = 0, 1, ...; cosines first."),
-    Exercise(
-        "diffusion.py", "Diffusion.ddim_step", "paper §3, sampling", "a step of DDIM",
-        "`self.alpha_bar` and `self.predict_z0_eps(z, output, t)` give what eq. 12 of Song et al. "
-        "2021 needs. Compute the three factors in float64, then `cast` them to z's type."),
-    Exercise(
-        "diffusion.py", "Diffusion.ddpm_step", "paper §3, sampling", "a step of DDPM",
-        "The posterior of Ho et al. 2020, eq. 7, for a stride from t to t_prev: beta is 1 minus "
-        "the ratio of their alpha_bar, and after the last step alpha_bar is 1: "
-        "`self.alpha_bar(t_prev, after_last=1.0)`."),
-    Exercise(
-        "diffusion.py", "Diffusion.guided_output", "paper §3, sampling",
-        "classifier-free guidance",
-        "One call of the network for both halves of a batch, the unconditional half first; with "
-        "guidance 1 one call with the text alone."),
-    Exercise(
-        "vae.py", "VideoVAE.sample_latents", "paper §3, VideoVAE", "the reparametrisation",
-        "Mean and log-variance to a sample, in the latents' scale."),
-    Exercise(
-        "data.py", "sample_frames", "paper §3.2, FPS", "how a clip is cut",
-        "A stride, a start, and what they make of the rate. Draw from `rng` in this order: the "
-        "stride (unless fps is given), then the start."),
-    Exercise(
-        "tiny.py", "EMA.update", "ours: the paper is silent", "a moving average that warms up",
-        "Count the step, then move each average in `self.shadow` by 1 - decay towards its weight "
-        "in `self.parameters`, in place. The decay of step n is (1 + n) / (10 + n), at most "
-        "`self.decay`."),
-    Exercise(
-        "unet3d.py", "Level.layer", "paper §3.2.2, ST block", "space and time side by side",
-        "The resnet, then z_out = S-Attn(z) + T-Attn(z): both read the resnet's output, and the "
-        "spatial transformer has its residual inside. Not `video`: no adaptors, no T-Attn. Layers "
-        "beyond `self.attentions` have no ST block. All lists are indexed by i."),
+    Exercise("clip_text.py", "Tokenizer._merge", "paper §3, CLIP text encoder",
+             "byte-pair encoding",
+             "Begin with single characters, the last one with `</w>` appended. As long as "
+             "neighbours are in `self._rank`, join the pair of the lowest rank. `join_pair`, above "
+             "the class, joins one pair everywhere in a word and is yours to use. START and END "
+             "are symbols of their own."),
+    Exercise("clip_text.py", "Tokenizer.__call__", "paper §3, CLIP text encoder",
+             "ids of a caption",
+             "Truncate the caption's ids, not the end token; pad with the end token, as SD does."),
+    Exercise("diffusion.py", "Diffusion.add_noise", "paper §3.2, loss", "noise of step t",
+             "`self.alpha_bar(t)` is float64 and has the shape to multiply z0, whether t is (b,) "
+             "or (b, f); `cast(factor, z0)` brings a factor to z0's type."),
+    Exercise("unet3d.py", "FrameAdaptor.forward", "paper §3.2.1, adaptor",
+             "a scale and a shift for each frame",
+             "`self.scale` and `self.shift` are (f, c). Frames are the second axis of z, channels "
+             "the third of (b, f, c, h, w) and the last of tokens (b, f, n, c). Raise ValueError "
+             "for another number of frames."),
+    Exercise("unet3d.py", "directed_attention", "paper §3.2.2, directed attention",
+             "attention that never looks ahead",
+             "Three masks. Where does each go: before the softmax, after it, nowhere? Rows are "
+             "queries."),
+    Exercise("unet3d.py", "DirectedTemporalAttention.forward", "paper §3.2.2, T-Attn",
+             "one sequence of frames per pixel",
+             "Norm over the channels, then a batch of b*h*w sequences of f tokens; heads by "
+             "`split_heads` and `merge_heads`; back to (b, f, c, h, w). Mind which axes you "
+             "reshape into which."),
+    Exercise("unet3d.py", "sinusoid", "paper §3.2, FPS: Sin(v)", "a number as waves",
+             "width/2 frequencies, 10000^(-k / (width/2)) for k = 0, 1, ...; cosines first."),
+    Exercise("diffusion.py", "Diffusion.ddim_step", "paper §3, sampling", "a step of DDIM",
+             "`self.alpha_bar` and `self.predict_z0_eps(z, output, t)` give what eq. 12 of Song et "
+             "al. 2021 needs. Compute the three factors in float64, then `cast` them to z's type."),
+    Exercise("diffusion.py", "Diffusion.ddpm_step", "paper §3, sampling", "a step of DDPM",
+             "The posterior of Ho et al. 2020, eq. 7, for a stride from t to t_prev: beta is 1 "
+             "minus the ratio of their alpha_bar, and after the last step alpha_bar is 1: "
+             "`self.alpha_bar(t_prev, after_last=1.0)`."),
+    Exercise("diffusion.py", "Diffusion.guided_output", "paper §3, sampling",
+             "classifier-free guidance",
+             "One call of the network for both halves of a batch, the unconditional half first; "
+             "with guidance 1 one call with the text alone."),
+    Exercise("vae.py", "VideoVAE.sample_latents", "paper §3, VideoVAE", "the reparametrisation",
+             "Mean and log-variance to a sample, in the latents' scale."),
+    Exercise("data.py", "sample_frames", "paper §3.2, FPS", "how a clip is cut",
+             "A stride, a start, and what they make of the rate. Draw from `rng` in this order: "
+             "the stride (unless fps is given), then the start."),
+    Exercise("tiny.py", "EMA.update", "ours: the paper is silent", "a moving average that warms up",
+             "Count the step, then move each average in `self.shadow` by 1 - decay towards its "
+             "weight in `self.parameters`, in place. The decay of step n is (1 + n) / (10 + n), at "
+             "most `self.decay`."),
+    Exercise("unet3d.py", "Level.layer", "paper §3.2.2, ST block", "space and time side by side",
+             "The resnet, then z_out = S-Attn(z) + T-Attn(z): both read the resnet's output, and "
+             "the spatial transformer has its residual inside. Without `video` there are no "
+             "adaptors and no T-Attn. Layers beyond `self.attentions` have no ST block."),
 ]
 
 
@@ -107,15 +94,13 @@ def find(source: str, exercise: Exercise) -> ast.FunctionDef:
     """
     node = ast.parse(source)
     for part in exercise.name.split("."):
-        kinds = (ast.ClassDef, ast.FunctionDef)
-        found = [n for n in node.body if isinstance(n, kinds) and n.name == part]
-        if not found:
-            raise InputError(f"{exercise.file}: there is no {exercise.name}; correct its name in "
+        named = [n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part]
+        if not named:
+            raise InputError(f"{exercise.file}: no {exercise.name} in it; correct EXERCISES in "
                              f"course/assignment.py")
-        node = found[0]
+        node = named[0]
     if ast.get_docstring(node) is None:
-        raise InputError(f"{exercise.file}: {exercise.name} has no docstring; write one, students "
-                         f"go by it")
+        raise InputError(f"{exercise.file}: {exercise.name} has no docstring; write one")
     return node
 
 
@@ -129,13 +114,6 @@ def blank(source: str, exercise: Exercise, number: int) -> str:
     return "".join([*lines[: docstring.end_lineno], line, *lines[function.end_lineno :]])
 
 
-def count_lines(source: str, exercise: Exercise) -> int:
-    """Count the lines of code in a function's body, without docstring, comments, blank lines."""
-    function = find(source, exercise)
-    body = source.splitlines()[function.body[0].end_lineno : function.end_lineno]
-    return sum(bool(line.strip()) and line.strip()[0] != "#" for line in body)
-
-
 def sheet(numbers: list[int]) -> str:
     """Write EXERCISES.md: a section for each exercise."""
     text = ["# Exercises\n",
@@ -144,7 +122,8 @@ def sheet(numbers: list[int]) -> str:
             "property that broke.\n"]
     for number in numbers:
         exercise = EXERCISES[number - 1]
-        lines = count_lines((ROOT / exercise.file).read_text("utf-8"), exercise)
+        function = find((ROOT / exercise.file).read_text("utf-8"), exercise)
+        lines = sum(len(ast.unparse(node).splitlines()) for node in function.body[1:])
         title = exercise.title[0].upper() + exercise.title[1:]
         text += [f"## {number}. {title}\n",
                  f"`{exercise.file}`: `{exercise.name}` ({exercise.source}). About {lines} "
@@ -168,16 +147,13 @@ def build_copy(numbers: list[int]) -> dict[Path, bytes]:
     return files
 
 
-def exercise_numbers(only: str | None) -> list[int]:
-    """Parse --only: "4,5" -> [4, 5], None -> all. Raises InputError for what is no exercise."""
-    count = len(EXERCISES)
-    if only is None:
-        return list(range(1, count + 1))
+def exercise_numbers(only: str) -> list[int]:
+    """Parse --only: "4,5" -> [4, 5]. Raises InputError for what is no exercise."""
     parts = [part.strip() for part in only.split(",")]
     for part in parts:
-        if not part.isdecimal() or not 1 <= int(part) <= count:
+        if not part.isdecimal() or not 1 <= int(part) <= len(EXERCISES):
             raise InputError(f"--only {only}: {part or 'nothing'} is no exercise; give numbers "
-                             f"from 1 to {count}, commas between")
+                             f"from 1 to {len(EXERCISES)}, commas between")
     return sorted({int(part) for part in parts})
 
 
@@ -187,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m course.assignment",
         description="Writes a student's copy of this repository, with exercises.")
     parser.add_argument("out", metavar="OUT", help="folder of the copy, new or empty")
-    parser.add_argument("--only", metavar="4,5", help="numbers of exercises (default: all)")
+    parser.add_argument("--only", metavar="4,5", help="numbers of exercises (default: all)",
+                        default=",".join(str(n + 1) for n in range(len(EXERCISES))))
     flags = parser.parse_args(arguments)
     numbers = exercise_numbers(flags.only)
     out = Path(flags.out)

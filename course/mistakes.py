@@ -1,8 +1,8 @@
 """Typical wrong solutions of the exercises: each must be caught by its exercise's graders (ours).
 
 `python -m course.mistakes [NUMBER ...]` plants them one after the other and prints what the graders
-said. A mistake is a wrong function put in the place of the right one: a formula with one term wrong,
-or the right function with one thing changed in what goes in or comes out.
+said. A mistake is a wrong function put in the place of the right one: a formula with one term
+wrong, or the right function with one thing changed in what goes in or comes out.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from functools import reduce
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,11 +27,9 @@ NUMBERS = range(1, len(EXERCISES) + 1)
 def place_of(number: int) -> tuple[object, str]:
     """Return the module or class that holds an exercise's function, and the function's name."""
     exercise = EXERCISES[number - 1]
-    owner = importlib.import_module(exercise.file.removesuffix(".py"))
+    module = importlib.import_module(exercise.file.removesuffix(".py"))
     *classes, name = exercise.name.split(".")
-    for part in classes:
-        owner = getattr(owner, part)
-    return owner, name
+    return reduce(getattr, classes, module), name
 
 
 RIGHT = {number: getattr(*place_of(number)) for number in NUMBERS}
@@ -59,11 +58,6 @@ def join_last(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     """Join the last occurrence of a pair alone."""
     i = max(i for i in range(len(symbols)) if tuple(symbols[i : i + 2]) == pair)
     return [*symbols[:i], "".join(pair), *symbols[i + 2 :]]
-
-
-def are_letters(pair: tuple[str, str]) -> bool:
-    """Say whether neither symbol was merged before."""
-    return all(len(symbol.removesuffix("</w>")) == 1 for symbol in pair)
 
 
 def tokenize(row=lambda tok, ids, n: [tok.start, *ids[: n - 2]],
@@ -182,12 +176,11 @@ class But:
 
 
 def changed(number: int, out=lambda out, a: out, /, **inputs: Callable) -> Callable:
-    """Change arguments and output of a right function.
+    """Change arguments of a right function, or its output: all by functions of the arguments."""
+    signature = inspect.signature(RIGHT[number])
 
-    An input is a function of all arguments `a`, as `out` is of the output and of them.
-    """
     def function(*args, **kwargs):
-        call = inspect.signature(RIGHT[number]).bind(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         a = SimpleNamespace(**call.arguments)
         given = {**call.arguments, **{name: f(a) for name, f in inputs.items()}}
@@ -211,7 +204,8 @@ MISTAKES = {
         "only one merge": merge(rounds=1),
         "last learned first": merge(choose=max),
         "rightmost first": merge(join=join_last),
-        "what was merged is not merged again": merge(may_join=are_letters),
+        "what was merged is not merged again": merge(
+            may_join=lambda pair: len("".join(pair).removesuffix("</w>")) == 2),
         "special tokens taken apart": merge(special=()),
         "left to right instead of by rank": merge(choose=lambda pairs, key: pairs[0]),
     },
@@ -230,20 +224,18 @@ MISTAKES = {
         "without the root": noisy(lambda z0, eps, s, n: s**2 * z0 + n**2 * eps),
         "noise alone has its factor": noisy(lambda z0, eps, s, n: z0 + n * eps),
         "noise subtracted": noisy(lambda z0, eps, s, n: s * z0 - n * eps),
-        "1 - sqrt(alpha_bar) for sqrt(1 - alpha_bar)": noisy(
-            lambda z0, eps, s, n: s * z0 + (1 - s) * eps),
+        "1 - sqrt(a) for sqrt(1 - a)": noisy(lambda z0, eps, s, n: s * z0 + (1 - s) * eps),
         "one step too far": changed(3, t=lambda a: a.t + 1),
         "the first clip's step for all": changed(3, t=lambda a: a.t[:1].expand_as(a.t)),
-        "the first frame's step for all": changed(
-            3, t=lambda a: a.t if a.t.ndim == 1 else a.t[:, 0]),
+        "the first frame's step for all": changed(3, t=lambda a: a.t.view(len(a.t), -1)[:, 0]),
     },
     4: {
-        "shared between frames": but(4, scale=lambda self: 0 * self.scale + self.scale.mean(0)),
-        "scale of the first frame for all": but(4, scale=lambda self: 0 * self.scale + self.scale[0]),
-        "frames and channels swapped": but(4, scale=lambda self: self.scale.T),
-        "1 + scale": but(4, scale=lambda self: 1 + self.scale),
-        "no shift": but(4, shift=lambda self: 0 * self.shift),
-        "shift before scale": but(4, shift=lambda self: self.scale * self.shift),
+        "shared between frames": but(4, scale=lambda s: 0 * s.scale + s.scale.mean(0)),
+        "scale of the first frame for all": but(4, scale=lambda s: 0 * s.scale + s.scale[0]),
+        "frames and channels swapped": but(4, scale=lambda s: s.scale.T),
+        "1 + scale": but(4, scale=lambda s: 1 + s.scale),
+        "no shift": but(4, shift=lambda s: 0 * s.shift),
+        "shift before scale": but(4, shift=lambda s: s.scale * s.shift),
         "any number of frames": changed(4, self=lambda a: But(
             a.self, scale=a.self.scale[: a.z.shape[1]], shift=a.self.shift[: a.z.shape[1]])),
         "tokens as if they were pictures": lambda self, z: (
@@ -264,14 +256,15 @@ MISTAKES = {
     6: {
         "frame order mixed with batch order": lambda self, z: RIGHT[6](
             self, z.reshape(z.shape[1], z.shape[0], *z.shape[2:])).reshape(z.shape),
-        "pixels of a frame attend": lambda self, z: RIGHT[6](self, z.transpose(1, 3)).transpose(1, 3),
-        "no norm": but(6, norm=lambda self: nn.Identity()),
+        "pixels of a frame attend": changed(
+            6, lambda out, a: out.transpose(1, 3), z=lambda a: a.z.transpose(1, 3)),
+        "no norm": but(6, norm=lambda s: nn.Identity()),
         "residual added twice": changed(6, lambda out, a: out + a.z),
         "h and w swapped on the way back": changed(6, lambda out, a: out.mT),
-        "no mask": but(6, mask=lambda self: "bidirectional"),
-        "queries and keys swapped": but(6, to_q=lambda self: self.to_k, to_k=lambda self: self.to_q),
-        "no output projection": but(6, to_out=lambda self: nn.Identity()),
-        "one head": but(6, heads=lambda self: 1),
+        "no mask": but(6, mask=lambda s: "bidirectional"),
+        "queries and keys swapped": but(6, to_q=lambda s: s.to_k, to_k=lambda s: s.to_q),
+        "no output projection": but(6, to_out=lambda s: nn.Identity()),
+        "one head": but(6, heads=lambda s: 1),
     },
     7: {
         "sines first": changed(7, lambda out, a: out.roll(a.width // 2, -1)),
@@ -279,42 +272,35 @@ MISTAKES = {
         "frequencies for periods": waves(lambda k, half: k / half),
         "base 1000": waves(base=1000),
         "in degrees": changed(7, x=lambda a: a.x * math.pi / 180),
-        "waves between each other": changed(
-            7, lambda out, a: out.unflatten(-1, (2, -1)).mT.flatten(1)),
+        "waves interleaved": changed(7, lambda out, a: out.view(-1, 2, a.width // 2).mT.flatten(1)),
         "in the precision of x": changed(7, lambda out, a: out.to(a.x.dtype)),
     },
     8: {
         "off by one in the previous step": changed(8, t_prev=lambda a: a.t_prev + 1),
         "the previous step is t": changed(8, t_prev=lambda a: a.t),
-        "alpha_bar 1 at the end": but(8, alpha_bar=lambda self: (
-            lambda t, after_last=None: self.alpha_bar(t, 1.0))),
+        "alpha_bar 1 at the end": but(8, alpha_bar=lambda s: lambda t: s.alpha_bar(t, 1.0)),
         "sigma not taken off the direction": ddim(lambda a, variance: 1 - a),
         "variance for its root": ddim(sigma=lambda variance: variance),
         "eta not squared": changed(8, eta=lambda a: a.eta**0.5),
-        "eps for z_0": but(8, predict_z0_eps=lambda self: (
-            lambda z, output, t: self.predict_z0_eps(z, output, t)[::-1])),
-        "output taken for eps": but(8, predict_z0_eps=lambda self: (
-            lambda z, output, t: (self.predict_z0_eps(z, output, t)[0], output))),
+        "eps for z_0": but(8, predict_z0_eps=lambda s: lambda *args: s.predict_z0_eps(*args)[::-1]),
+        "output taken for eps": but(8, predict_z0_eps=lambda s: lambda z, output, t: (
+            s.predict_z0_eps(z, output, t)[0], output)),
     },
     9: {
         "posterior variance for its root": ddpm(lambda beta, ratio: ratio * beta),
         "beta of one step for the stride": ddpm(stride_to=lambda t, t_prev: t - 1),
         "off by one in the previous step": changed(9, t_prev=lambda a: a.t_prev + 1),
-        "never clean at the end": but(9, alpha_bar=lambda self: (
-            lambda t, after_last=None: self.alpha_bar(t))),
+        "never clean at the end": but(9, alpha_bar=lambda s: lambda t, **_: s.alpha_bar(t)),
         "variance of the forward step": ddpm(lambda beta, ratio: beta.sqrt()),
-        "output taken for z_0": but(9, predict_z0_eps=lambda self: (
-            lambda z, output, t: (output, output))),
+        "output taken for z_0": but(9, predict_z0_eps=lambda s: lambda z, out, t: (out, out)),
         "no noise": changed(9, noise=lambda a: 0 * a.noise),
         "factors of z_0 and z_t swapped": ddpm(order=-1),
     },
     10: {
         "guidance sign": changed(10, guidance=lambda a: -a.guidance),
         "from the output with text": changed(10, guidance=lambda a: a.guidance + 1),
-        "halves swapped": changed(10, model=lambda a: (
-            lambda *inputs: torch.cat(a.model(*inputs).chunk(2)[::-1]))),
-        "text first in the batch": changed(
-            10, context=lambda a: a.uncond, uncond=lambda a: a.context),
+        "halves swapped": changed(10, model=lambda a: lambda *x: a.model(*x).roll(len(a.z), 0)),
+        "text half first": changed(10, context=lambda a: a.uncond, uncond=lambda a: a.context),
         "two calls": lambda self, model, z, t, context, uncond, fps, guidance: (
             (1 - guidance) * model(z, t, uncond, fps) + guidance * model(z, t, context, fps)),
         "guidance 1 works twice": changed(10, guidance=lambda a: a.guidance + 1e-12),
@@ -323,8 +309,7 @@ MISTAKES = {
     },
     11: {
         "variance for its root": changed(11, logvar=lambda a: 2 * a.logvar),
-        "log-variance for a deviation": changed(
-            11, eps=lambda a: a.eps * a.logvar / (a.logvar / 2).exp()),
+        "logvar for sigma": changed(11, eps=lambda a: a.eps * a.logvar / (a.logvar / 2).exp()),
         "noise not scaled": changed(11, eps=lambda a: a.eps / a.self.config.scaling_factor),
         "divided by the factor": changed(11, lambda z, a: z / a.self.config.scaling_factor**2),
         "no factor": changed(11, lambda z, a: z / a.self.config.scaling_factor),
@@ -342,22 +327,19 @@ MISTAKES = {
         "frames at random": changed(12, lambda cut, a: (
             np.sort(a.rng.choice(a.total, a.frames, replace=False)), cut[1])),
         "stride one too few": changed(12, fps=lambda a: a.fps or a.rate / a.rng.integers(1, 6)),
-        "fps rounded down": changed(
-            12, fps=lambda a: a.fps and a.rate / max(int(a.rate / a.fps), 1)),
+        "fps rounded down": changed(12, fps=lambda a: a.fps and a.rate / max(a.rate // a.fps, 1)),
         "short videos taken": changed(12, total=lambda a: max(a.total, a.frames)),
     },
     13: {
         "no warm-up": moving_average(lambda ema, warm: ema.decay),
         "never its decay": moving_average(lambda ema, warm: warm),
         "the larger of both": moving_average(lambda ema, warm: max(ema.decay, warm)),
-        "decay for 1 - decay": moving_average(move=lambda average, p, decay: average.lerp_(p, decay)),
-        "steps not counted": changed(
-            13, lambda out, a: setattr(a.self, "count", a.self.count - 1)),
-        "weights moved to averages": moving_average(
-            move=lambda average, p, decay: p.lerp_(average, 1 - decay)),
+        "decay for 1 - decay": moving_average(move=lambda mean, p, d: mean.lerp_(p, d)),
+        "steps not counted": changed(13, lambda out, a: setattr(a.self, "count", 0)),
+        "weights moved to averages": moving_average(move=lambda mean, p, d: p.lerp_(mean, 1 - d)),
         "new tensors each step": changed(
             13, lambda out, a: setattr(a.self, "shadow", [x.clone() for x in a.self.shadow])),
-        "averages are the weights": moving_average(move=lambda average, p, decay: average.copy_(p)),
+        "averages are the weights": moving_average(move=lambda mean, p, d: mean.copy_(p)),
     },
     14: {
         "T-Attn reads what S-Attn wrote": st_block(lambda s, t, z, z_in: s(z) + t(s(z))),
@@ -369,9 +351,8 @@ MISTAKES = {
         "T-Attn in the image model too": changed(14, video=lambda a: True),
         "no S-Attn in the image model": changed(14, lambda out, a: (
             out if a.video else a.self.resnets[a.i](a.z, a.emb, None))),
-        "no adaptors in the resnet": but(14, resnet_adaptors=lambda self: [None] * 9),
-        "the first layer's adaptor for all": but(
-            14, attention_adaptors=lambda self: [self.attention_adaptors[0]] * 9),
+        "no adaptors in the resnet": but(14, resnet_adaptors=lambda s: [None] * 9),
+        "one adaptor for all": but(14, attention_adaptors=lambda s: [s.attention_adaptors[0]] * 9),
     },
 }
 
@@ -383,8 +364,8 @@ MISTAKES = {
 class Planter:
     """pytest plugin: run the graders once for each function put in its exercise's place.
 
-    functions: (exercise, name) -> function. `said` has the first line of what each grader that
-    failed said, by its name. The graders of all exercises run where `all_graders`.
+    functions: (exercise, name) -> function. `said` has what each grader that failed said. Graders
+    of other exercises run too where `all_graders`.
     """
 
     def __init__(self, functions: dict[tuple[int, str], Callable], all_graders: bool):
@@ -404,12 +385,13 @@ class Planter:
         monkeypatch.setattr(*place_of(request.param[0]), self.functions[request.param])
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item):
-        report = yield
-        if report.failed:
-            message = report.longrepr.reprcrash.message.split("\n")[0]
-            self.said[item.callspec.params["planted"]][item.originalname] = message
-        return report
+    def pytest_pyfunc_call(self, pyfuncitem):
+        try:
+            return (yield)
+        except (Exception, pytest.fail.Exception) as error:
+            said = self.said[pyfuncitem.callspec.params["planted"]]
+            said.setdefault(pyfuncitem.originalname, f"{type(error).__name__}: {error}")
+            return True
 
 
 def grade(functions: dict[tuple[int, str], Callable],
@@ -420,8 +402,7 @@ def grade(functions: dict[tuple[int, str], Callable],
     """
     planter = Planter(functions, all_graders)
     flags = ["-p", "no:terminal", "-p", "no:cacheprovider"]
-    status = pytest.main([*flags, str(ROOT / "tests/test_exercises.py")], plugins=[planter])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if pytest.main([*flags, str(ROOT / "tests/test_exercises.py")], plugins=[planter]):
         raise RuntimeError("python -m pytest tests/test_exercises.py says what is wrong with it")
     return planter.said
 
@@ -429,16 +410,16 @@ def grade(functions: dict[tuple[int, str], Callable],
 def main() -> int:
     """Plant the mistakes of the exercises named on the command line, or all; 1 if one is missed."""
     numbers = sys.argv[1:] or [str(number) for number in NUMBERS]
-    wrong = [number for number in numbers if number not in map(str, NUMBERS)]
-    if wrong:
-        print(f"course.mistakes: {wrong[0]} is no exercise; give numbers from 1 to "
-              f"{len(EXERCISES)}", file=sys.stderr)
-        return 2
-    functions = {(int(number), name): function
-                 for number in numbers for name, function in MISTAKES[int(number)].items()}
-    said = grade(functions)
+    for number in numbers:
+        if number not in map(str, NUMBERS):
+            print(f"course.mistakes: {number} is no exercise; give numbers from 1 to "
+                  f"{len(EXERCISES)}", file=sys.stderr)
+            return 2
+    said = grade({(int(number), name): function
+                  for number in numbers for name, function in MISTAKES[int(number)].items()})
     for (number, name), messages in said.items():
-        print(f"{number:2} {name}: {next(iter(messages.values()), 'NOT CAUGHT')}")
+        message = next(iter(messages.values()), "NOT CAUGHT").split("\n")[0]
+        print(f"{number:2} {name}: {message.removeprefix('AssertionError: ')}")
     caught = sum(map(bool, said.values()))
     print(f"{caught} of {len(said)} mistakes caught")
     return int(caught < len(said))
