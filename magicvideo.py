@@ -125,7 +125,7 @@ class MagicVideo(nn.Module):
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
         """Encode clips (b, f, 3, h, w) to scaled posterior means; SD draws samples (ours)."""
-        mean, _ = self.vae.encode(videos.to(self.device))
+        mean, _ = self.vae.encode(videos.to(self.unet.conv_in.weight))
         return self.config.vae.scaling_factor * mean
 
     @torch.no_grad()

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
@@ -123,11 +122,6 @@ def rank() -> int:
 def world() -> int:
     """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def gather(x: Tensor) -> Tensor:
-    """Collect the rows of x of all processes, with gradients."""
-    return torch.cat(all_gather(x)) if world() > 1 else x
 
 
 def start_ranks(count: int, arguments: list[str]) -> list[subprocess.Popen]:

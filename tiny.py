@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -98,22 +97,6 @@ class StaggeredDiffusion(VDiffusion):
         z_prev = super().step(network, z, t.clamp(0, last), t_prev.clamp(-1, last), sampler, eta,
                               noise)
         return torch.where(is_active[..., None, None, None], z_prev, z)
-
-
-def thumbnail_loss(mean: Tensor, video: Tensor) -> Tensor:
-    """Pull latents (b, f, 4, h/8, w/8) towards a small copy of video (b, f, 3, h, w) -> scalar.
-
-    Channels 0-2 match the downsampled RGB frame, channel 3 has unit variance and no correlation
-    with them. Left alone, a VAE this small lays all colors on one line, yellow next to orange, and
-    the U-Net confuses them.
-    """
-    small = F.adaptive_avg_pool2d(video.flatten(0, 1), mean.shape[-2:])
-    small = small.unflatten(0, video.shape[:2])  # (b, f, 3, h/8, w/8)
-    small = 3 * (small - small.mean((0, 1, 3, 4), keepdim=True))  # about as large as N(0, 1)
-    covariance = mean.transpose(0, 2).flatten(1).cov()  # (4, 4)
-    identity = torch.eye(len(covariance)).to(covariance)
-    decorrelation = (covariance[3:] - identity[3:]).square().mean()
-    return F.mse_loss(mean[:, :, :3], small) + decorrelation
 
 
 class Muon(torch.optim.Optimizer):

@@ -38,11 +38,11 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, InputError, open_data
 from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
-from runs import (append_log, gather, join_ranks, loss_by_timestep_bin, new_folder, plot_losses,
+from runs import (append_log, join_ranks, loss_by_timestep_bin, new_folder, plot_losses,
                   rank, save_checkpoint, start_ranks, stop_signals, world)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
-from tiny import EMA, build_optimizers, encode_clips, set_learning_rates, thumbnail_loss
+from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
 from unet3d import Level
 
 BASE_STAGES = ("vae", "image", "video")
@@ -79,7 +79,6 @@ class Settings:
     warmup: int = flag(50, "steps over which the learning rate rises")
     ema: float = flag(0.995, "decay of the moving average of the weights")
     kl_weight: float = flag(2e-3, "weight of the VAE's KL term")
-    thumbnail: float = flag(0.1, "weight of the VAE's thumbnail loss, see tiny.py")
     text_dropout: float = flag(0.1, "fraction of captions dropped, for guidance")
     precision: str = flag("fp32", "fp32, or bf16 with weights in float32")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
@@ -97,8 +96,8 @@ class Settings:
 
 GROUPS = {"preset": "what", "vae_steps": "how long", "batch_size": "optimisation", "data": "data",
           "save_every": "run"}  # of flags, by their first one
-GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "thumbnail": 0.0, "video_lr_scale": 1.0,
-                "kl_weight": 1e-4, "cascade_steps": 50_000}
+GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "video_lr_scale": 1.0, "kl_weight": 1e-4,
+                "cascade_steps": 50_000}
 PRESET_SETTINGS = {
     "tiny": {},
     "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
@@ -159,13 +158,9 @@ def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str
                micro: int = 0) -> tuple[list[dict], Callable]:
     """Read this process's shard of a batch, and make the function that draws its random numbers.
 
-    random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4). Raises
-    InputError for a batch that cannot be shared evenly.
+    random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4).
     """
     shards = world() * s.accumulate
-    if size % shards:
-        raise InputError(f"--batch-size: {size} clips or frames of stage {stage} cannot be shared "
-                         f"by {world()} processes x {s.accumulate} micro-batches; give a multiple")
     shard = slice(rank() * s.accumulate + micro, size, shards)
     items = []
     for n in range(size)[shard]:  # every item once an epoch, each epoch shuffled anew
@@ -194,10 +189,12 @@ class StageLoss(nn.Module):
     def forward(self, items: list[dict], random: Callable,
                 frames: int) -> tuple[Tensor, Tensor | None]:
         """Compute the loss of the stage on `frames` frames in a row of each clip."""
-        device = self.model.device
+        like = self.model.unet.conv_in.weight
         clips = [item["z0"] if "z0" in item else item["video"] for item in items]
-        first = random(partial(torch.randint, len(clips[0]) - frames + 1))
-        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(device)
+        # the image model is the video model's first frame, since that sees no other (ours)
+        places = 1 if self.stage == "image" else len(clips[0]) - frames + 1
+        first = random(partial(torch.randint, places))
+        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(like)
         if self.stage == "vae":
             return self.vae(x, random), None
         if "video" in items[0] and self.stage != "upscale":
@@ -205,7 +202,7 @@ class StageLoss(nn.Module):
         captions = ["" if u < self.s.text_dropout else item["caption"]  # "" trains guidance
                     for u, item in zip(random(torch.rand), items)]
         context = self.model.encode_text(captions)
-        fps = torch.tensor([item["fps"] for item in items], device=device)
+        fps = torch.tensor([item["fps"] for item in items], device=like.device)
         fps = None if self.stage == "image" else fps
         t = random(partial(torch.randint, self.model.diffusion.num_steps))
         if self.stage in cascade.CASCADE_STAGES:
@@ -221,10 +218,7 @@ class StageLoss(nn.Module):
         decoded = self.network.decode(self.network.sample_latents(mean, logvar, eps))
         # KL(q(z | frame) || N(0, 1)) = (mean^2 + sigma^2 - 1 - log sigma^2) / 2
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-        loss = (decoded - video).square().mean((1, 2, 3, 4)) + self.s.kl_weight * kl
-        if self.s.thumbnail and mean.requires_grad and video.shape[1] == 1:  # of different clips
-            loss = loss + self.s.thumbnail * thumbnail_loss(gather(mean), gather(video))
-        return loss
+        return (decoded - video).square().mean((1, 2, 3, 4)) + self.s.kl_weight * kl
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,7 +235,10 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
     named = dict(network.named_parameters())
     if stage in ("image", "video") and not model.config.pretrained:
         named |= {f"text_encoder.{name}": p for name, p in model.text_encoder.named_parameters()}
-    chosen = [name for name in named if re.search(s.trainable, name)]
+    try:
+        chosen = [name for name in named if re.search(s.trainable, name)]
+    except re.error as error:
+        raise InputError(f'--trainable "{s.trainable}": {error}') from error
     image = [name for name in chosen if not is_video_parameter(name)]
     video = [name for name in chosen if is_video_parameter(name)]
     if stage == "vae" and model.config.pretrained:  # latents must stay what the U-Net knows
@@ -307,7 +304,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, steps, s.warmup)
             clips_begin = optimizers[0].param_groups[1]["start"]
             frames = 1 if stage == "image" or step < clips_begin else clips.frames
-            size = {"vae": s.vae_batch_size if frames == 1 else 4,
+            size = {"vae": s.vae_batch_size if frames == 1 else max(4, world() * s.accumulate),
                     "image": s.batch_size * clips.frames}.get(stage, s.batch_size)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             for micro in range(s.accumulate):
@@ -461,9 +458,9 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
         f"--checkpoint {shlex.quote(str(out))}/model.pt")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, start or join the processes, and train."""
-    flags, given = read_flags(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: list[str], script: str | None = None) -> None:
+    """Read the command line and train; on a CPU by several processes of `script`."""
+    flags, given = read_flags(arguments)
     torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
     device = pick_device(flags.device)
     if world() > 1 and not flags.out:
@@ -485,9 +482,15 @@ def main(arguments: list[str] | None = None) -> None:
     clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier,
                                 s.frame_store)
     processes = []
-    if arguments is None and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
+    count = world()
+    if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
         count = flags.ranks or max(n for n in (1, 2, 4) if n <= os.cpu_count())
-        processes = start_ranks(count, [*sys.argv, "--out", str(out), "--device", "cpu"])
+    for name in ("batch_size", "vae_batch_size"):
+        if getattr(s, name) % (count * s.accumulate):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: give a multiple of "
+                             f"{count} processes (--ranks) x {s.accumulate} (--accumulate)")
+    if count > world():
+        processes = start_ranks(count, [script, *arguments, "--out", str(out)])
     try:
         device = join_ranks(device)
         torch.manual_seed(s.seed)
@@ -512,7 +515,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:], __file__)
     except (InputError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if rank() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,87 +1,154 @@
-"""Training: the stages, the files they write, stopping and going on, and that it learns."""
+"""Training: its stages, the files it writes, stopping and going on, and that it learns."""
 
 import csv
 import importlib.util
+import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+import cascade
+import runs
 import train
 from clip_text import CLIPTextConfig
-from conftest import randn, shaken
-from data import InputError, ShapesDataset, write_clip
-from diffusion import Diffusion, DiffusionConfig
-from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
+from conftest import close
+from data import InputError, ShapesDataset
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig, load_checkpoint
+from sample import write_clip
+from stable_diffusion import is_video_parameter
+from tiny import VDiffusion, set_learning_rates
 from unet3d import Level, UNet3D, UNetConfig
 from vae import VAEConfig
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--vae-steps", "2", "--image-steps", "2", "--video-steps", "2", "--cache", "4", "--batch-size", "2",
-         "--vae-batch-size", "1", "--device", "cpu"]
-WHOLE = {}
+TINIER = dict(
+    size=32, preset="tiny", staggered=True,
+    text=CLIPTextConfig(vocab_size=560, context_length=12, width=32, layers=1, heads=2),
+    vae=VAEConfig(channels=(8, 8, 8, 16), layers=1, groups=4),
+    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, groups=4,
+                    context_width=32, frames=4))
+SHORT = ["--vae-steps", "2", "--image-steps", "2", "--video-steps", "2", "--cascade-steps", "2",
+         "--cache", "4", "--batch-size", "2", "--vae-batch-size", "2", "--device", "cpu"]
+RUN = {}
 
 
 @pytest.fixture(autouse=True)
-def smallest_preset(monkeypatch, tmp_path):
+def tinier_preset(monkeypatch, tmp_path):
     """Runs go to an empty folder, with a tiny preset that is tinier still."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "tiny", MagicVideoConfig(
-        size=32, text=CLIPTextConfig(vocab_size=560, context_length=12, width=32, layers=1, heads=2),
-        vae=VAEConfig(channels=(8, 8, 8, 16), layers=1, groups=4),
-        unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, groups=4, context_width=32,
-                        frames=4)))
+    monkeypatch.setitem(PRESETS, "tiny", MagicVideoConfig(**TINIER))
 
 
 @pytest.fixture
-def whole(smallest_preset, tmp_path_factory):
-    """The weights that an undisturbed run ends with."""
-    if not WHOLE:
-        out = tmp_path_factory.mktemp("whole") / "run"
-        train.main([*SHORT, "--out", str(out)])
-        WHOLE.update(weights(out / "model.pt"))
-    return WHOLE
+def whole(tmp_path_factory):
+    """The folder of an undisturbed run, trained once."""
+    if not RUN:
+        RUN["out"] = tmp_path_factory.mktemp("whole") / "run"
+        train.main([*SHORT, "--out", str(RUN["out"])])
+    return RUN["out"]
 
 
 def weights(path):
     return MagicVideo.load(path).state_dict()
 
 
+def stored(out):
+    """The weights of a run in the precision that they were saved in."""
+    return load_checkpoint(Path(out) / "model.pt", "magicvideo")["model"]["weights"]
+
+
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_is(tmp_path, capsys):
+def rows(out):
+    with open(Path(out) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def items_of(stage, size=4, frames=4, s=None):
+    """A model, and the arguments of a stage's loss."""
+    s = s or train.Settings()
+    torch.manual_seed(0)
+    model = MagicVideo.from_preset("tiny")
+    clips = ShapesDataset("train", 4, 32)
+    items, random = train.read_batch(clips, size, 0, stage, s)
+    network = model.vae if stage == "vae" else model.unet
+    return model, train.StageLoss(model, network, stage, s), items, random
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_is(capsys):
     train.main(SHORT)
     out = Path("runs/shapes")
     drawn = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
-    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv", "samples", "latents.pt"} | drawn
-    assert {p.name for p in (out / "samples").iterdir()} == {f"{stage}-000002.png" for stage in train.STAGES}
-    rows = list(csv.DictReader(open(out / "log.csv")))
-    assert [(row["stage"], row["step"]) for row in rows] == [(stage, n) for stage in train.STAGES for n in "12"]
-    assert all(math.isfinite(float(row["loss"])) for row in rows)
-    last = capsys.readouterr().out.strip().splitlines()
-    assert "runs/shapes/model.pt" in last[-2] and last[-1].startswith('next: python sample.py "a ')
+    assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv",
+                                               "samples"} | drawn
+    stages = train.BASE_STAGES
+    assert {p.name for p in (out / "samples").iterdir()} == {f"{s}-000002.png" for s in stages}
+    assert [(r["stage"], r["step"]) for r in rows(out)] == [(s, n) for s in stages for n in "12"]
+    assert all(math.isfinite(float(row["loss"])) for row in rows(out))
+    assert all(math.isfinite(float(row["held_out_loss"])) for row in rows(out)[1::2])
+    said = capsys.readouterr().out.strip().splitlines()
+    assert "runs/shapes/model.pt" in said[-2] and said[-1].startswith("next: python sample.py 'a ")
+    train.main(SHORT)
+    assert (Path("runs/shapes-2") / "model.pt").is_file()
 
 
-def test_a_second_run_takes_a_folder_of_its_own(tmp_path):
-    assert train.new_folder("shapes") == Path("runs/shapes")
-    Path("runs/shapes").mkdir(parents=True)
-    Path("runs/shapes-2").mkdir()
-    assert train.new_folder("shapes") == Path("runs/shapes-3")
+def test_the_next_command_is_a_shell_line_whatever_the_caption_holds(capsys):
+    caption = """it's a "cat" `touch hacked` $HOME"""
+    Path("clips").mkdir()
+    write_clip("clips/a.gif", ShapesDataset("train", 8, 32)[0]["video"], 8)
+    Path("clips/a.txt").write_text(caption)
+    train.main([*SHORT, "--data", "clips", "--out", "with blank"])
+    command = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(command) == ["python", "sample.py", caption, "--checkpoint",
+                                    "with blank/model.pt"]
+    model = MagicVideo.load("with blank")
+    assert model.sample(caption, steps=2).shape == (1, 4, 3, 32, 32)
+
+
+def test_the_same_seed_makes_the_same_model_and_another_seed_another(whole):
+    train.main([*SHORT, "--out", "again"])
+    train.main([*SHORT, "--out", "other", "--seed", "4"])
+    assert equal(weights(whole), weights("again/model.pt"))
+    assert not equal(weights(whole), weights("other/model.pt"))
+
+
+def test_model_pt_written_in_the_middle_of_stage_vae_has_its_measured_scale(monkeypatch):
+    seen = []
+    save = MagicVideo.save
+    monkeypatch.setattr(MagicVideo, "save", lambda model, path: seen.append(
+        model.config.vae.scaling_factor) or save(model, path))
+    train.main([*SHORT, "--stage", "vae", "--out", "vae", "--save-every", "1"])
+    assert len(seen) == 3 and 0.18215 not in seen
+    model = MagicVideo.load("vae")
+    clips = ShapesDataset("train", 4, 32)
+    z = torch.cat([model.encode(clips[i]["video"][None]) for i in range(64)])
+    assert z.std().item() == pytest.approx(1, abs=0.05)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopping and going on
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 6])
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(stop, by, whole, monkeypatch):
-    counted, clip_grad_norm = iter(range(1, 100)), torch.nn.utils.clip_grad_norm_
+def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(
+        stop, by, whole, monkeypatch):
+    counted = iter(range(1, 100))
+    clip_grad_norm = torch.nn.utils.clip_grad_norm_
 
     def signalled(*arguments):  # in the middle of a step
         if next(counted) == stop:
@@ -89,376 +156,365 @@ def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_
         return clip_grad_norm(*arguments)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", signalled)
-    with pytest.raises(InputError, match="--resume --out stopped"):
+    with pytest.raises(InputError, match="stopped; go on with: .*--resume --out stopped"):
         train.main([*SHORT, "--out", "stopped"])
-    assert len(Path("stopped/log.csv").read_text().splitlines()) == stop + 1  # the step at hand is finished and saved
+    assert len(rows("stopped")) == stop  # the step at hand is finished and saved
     train.main(["--resume", "--out", "stopped", "--device", "cpu"])
-    assert equal(whole, weights("stopped/model.pt"))
+    assert equal(weights(whole), weights("stopped"))
+    assert [r["loss"] for r in rows("stopped")] == [r["loss"] for r in rows(whole)]
 
 
-@pytest.mark.parametrize("drawn", [3, 4, 6])
-def test_a_signal_while_a_picture_is_drawn_loses_no_step(drawn, whole, monkeypatch):
-    pictures, picture = iter(range(1, 100)), train.picture
-
-    def signalled(*arguments):  # when it is settled already whether this step is saved
-        if next(pictures) == drawn:
-            os.kill(os.getpid(), signal.SIGTERM)
-        picture(*arguments)
-
-    monkeypatch.setattr(train, "picture", signalled)
-    with pytest.raises(InputError, match="--resume --out stopped"):
-        train.main([*SHORT, "--out", "stopped", "--sample-every", "1"])
-    checkpoint = train.read_checkpoint("stopped/checkpoint.pt", "magicvideo-training")
-    last = Path("stopped/log.csv").read_text().splitlines()[-1]
-    assert last.startswith(f"{checkpoint['stage']},{checkpoint['step']},")
-    train.main(["--resume", "--out", "stopped", "--device", "cpu"])
-    assert equal(whole, weights("stopped/model.pt"))
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_log_says_every_step_once(whole, monkeypatch):
-    counted, log = iter(range(1, 100)), train.log
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_log_says_every_step_once(
+        whole, monkeypatch):
+    append_log = train.append_log
+    counted = iter(range(1, 100))
 
     def killed(*arguments):
-        log(*arguments)
+        append_log(*arguments)
         if next(counted) == 4:
             raise SystemExit("killed")
 
-    monkeypatch.setattr(train, "log", killed)
+    monkeypatch.setattr(train, "append_log", killed)
     with pytest.raises(SystemExit):
         train.main([*SHORT, "--out", "run"])
-    monkeypatch.setattr(train, "log", log)
-    assert len(Path("run/log.csv").read_text().splitlines()) == 5
+    monkeypatch.setattr(train, "append_log", append_log)
+    assert len(rows("run")) == 4
     train.main(["--resume", "--out", "run", "--device", "cpu"])
-    rows = list(csv.DictReader(open("run/log.csv")))
-    assert [(row["stage"], row["step"]) for row in rows] == [(stage, n) for stage in train.STAGES for n in "12"]
-    assert equal(whole, weights("run/model.pt"))
+    assert [r["loss"] for r in rows("run")] == [r["loss"] for r in rows(whole)]
+    assert equal(weights(whole), weights("run"))
 
 
-def test_a_finished_run_resumes_to_itself(whole):
-    train.main([*SHORT, "--out", "mine"])
-    train.main(["--resume", "--out", "mine", "--device", "cpu"])
-    assert equal(whole, weights("mine/model.pt"))
-
-
-def test_a_stop_before_the_first_step_leaves_nothing(monkeypatch, tmp_path):
+def test_a_stop_before_the_first_checkpoint_says_so(monkeypatch, tmp_path):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train_stage", interrupted)
-    with pytest.raises(InputError, match="nothing was written"):
+    with pytest.raises(InputError, match="stopped, nothing saved"):
         train.main(SHORT)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("said, error", [
-    ("DataLoader worker (pid 7) is killed by signal: Terminated.", InputError), ("other", RuntimeError)])
-def test_a_reader_that_is_ended_is_one_line_and_other_errors_stay_what_they_are(said, error, monkeypatch):
-    def ended(*arguments):
-        raise RuntimeError(said)
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_is_not_saved_and_names_the_rates(monkeypatch, place):
+    class Broken(torch.autograd.Function):
+        """Pass the loss on, and NaN back."""
 
-    monkeypatch.setattr(train, "train_stage", ended)
-    with pytest.raises(error, match=re.escape(said)) as caught:
-        train.main(SHORT)
-    assert type(caught.value) is error and (error is RuntimeError or "--resume --out" in str(caught.value))
+        @staticmethod
+        def forward(ctx, x):
+            return x * math.nan if place == "loss" else x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    forward = train.StageLoss.forward
+    monkeypatch.setattr(train.StageLoss, "forward", lambda *arguments: (
+        Broken.apply(forward(*arguments)[0]), None))
+    with pytest.raises(InputError, match="stage vae, step 0: .*nan.*lower --lr and --muon-lr"):
+        train.main([*SHORT, "--out", "bad", "--save-every", "1"])
+    assert not Path("bad/model.pt").exists()
 
 
-def test_the_same_seed_makes_the_same_model_and_another_seed_another():
-    for out, seed in (("one", "3"), ("two", "3"), ("three", "4")):
-        train.main([*SHORT, "--out", out, "--seed", seed])
-    assert equal(weights("one/model.pt"), weights("two/model.pt"))
-    assert not equal(weights("one/model.pt"), weights("three/model.pt"))
+def test_a_folder_that_holds_a_run_is_refused_and_other_settings_do_not_resume_it(whole):
+    before = weights(whole)
+    with pytest.raises(InputError, match="holds a run.*--resume"):
+        train.main([*SHORT, "--out", str(whole)])
+    with pytest.raises(InputError, match="--batch-size 3.*started with 2"):
+        train.main(["--resume", "--out", str(whole), "--batch-size", "3"])
+    train.main(["--resume", "--out", str(whole), "--device", "cpu"])  # a finished run stays
+    assert equal(before, weights(whole))
 
 
-def test_a_stage_trains_its_own_parts_and_no_others():
+# --------------------------------------------------------------------------------------------------
+# Stages
+
+
+def test_a_stage_trains_its_own_parts_and_no_others(capsys):
     train.main([*SHORT, "--out", "vae", "--stage", "vae"])
     train.main([*SHORT, "--out", "image", "--stage", "image", "--init-from", "vae/model.pt"])
-    train.main([*SHORT, "--out", "video", "--stage", "video", "--init-from", "image/model.pt"])
-    steps = [weights(f"{stage}/model.pt") for stage in train.STAGES]
+    train.main([*SHORT, "--out", "video", "--stage", "video", "--init-from", "image"])
+    vae, image, video = (weights(stage) for stage in train.BASE_STAGES)
 
-    def changed(before, after, part):
-        return {key for key in before if part(key) and not torch.equal(before[key], after[key])}
+    def changed(before, after):
+        return {key for key in before if not torch.equal(before[key], after[key])}
 
-    def video_part(key):
-        return key.startswith("unet.") and train.is_new_part(key)
-
-    def image_part(key):
-        return key.startswith("unet.") and not train.is_new_part(key)
-
-    assert not changed(steps[0], steps[1], lambda key: key.startswith("vae."))
-    assert not changed(steps[0], steps[1], video_part) and len(changed(steps[0], steps[1], image_part)) > 100
-    assert changed(steps[0], steps[1], lambda key: key.startswith("text_encoder."))
-    assert not changed(steps[1], steps[2], lambda key: key.startswith("vae."))
-    assert len(changed(steps[1], steps[2], video_part)) > 30 and len(changed(steps[1], steps[2], image_part)) > 100
+    by_image = changed(vae, image)
+    by_video = changed(image, video)
+    assert not any(key.startswith("vae.") or is_video_parameter(key) for key in by_image)
+    assert sum(key.startswith("unet.") for key in by_image) > 100
+    assert sum(key.startswith("text_encoder.") for key in by_image) > 10
+    assert not any(key.startswith("vae.") for key in by_video)
+    assert sum(is_video_parameter(key) for key in by_video) > 30
+    assert sum(key.startswith("unet.") and not is_video_parameter(key) for key in by_video) > 100
 
 
-def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32():
-    for precision in ("fp32", "bf16"):
-        train.main([*SHORT, "--out", precision, "--precision", precision])
-    one, other = weights("fp32/model.pt"), weights("bf16/model.pt")
-    assert {p.dtype for p in other.values()} == {torch.float32}
-    assert not equal(one, other)
-    assert max((one[key] - other[key]).abs().max().item() for key in one) < 0.02  # lr 2.5e-3, new parts x 5
-
-
-def test_gradient_checkpointing_gives_equal_gradients():
-    torch.manual_seed(0)
-    unet, gradients = shaken(UNet3D(PRESETS["tiny"].unet)), []
-    inputs = randn(2, 4, 4, 4, 4), torch.tensor([7, 900]), randn(2, 5, 32), torch.tensor([8.0, 12.0])
-    for asked in (False, True):
-        for module in unet.modules():
-            if isinstance(module, Level):
-                module.checkpointing = asked
-        unet.zero_grad()
-        unet(*inputs).square().mean().backward()
-        gradients.append([p.grad.clone() for p in unet.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients))
-
-
-def test_the_papers_sizes_take_a_step_of_two_frames():
-    """The new parts alone, in 6 GB; all weights need 21 GB (`train.py --preset paper --frames 2`, see README)."""
-    if not hasattr(os, "sysconf") or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10e9:
-        pytest.skip("less than 10 GB of memory are free: the paper's sizes would not fit")
-    model, torch_threads = MagicVideo.from_preset("paper", frames=2), torch.get_num_threads()
-    s = train.Settings(**{**train.PRESET_SETTINGS["paper"], "train": "new", "stage": "video"})
-    parameters = [p for group in train.trained_parts(model, "video", s) for p in group["params"]]
-    model.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    for module in model.unet.modules():
-        if isinstance(module, Level):
-            module.checkpointing = s.gradient_checkpointing
-    torch.set_num_threads(os.cpu_count())
-    try:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            loss, _ = unet_loss(model, ShapesDataset("train", 2, 64), 0, s, "video")  # all weights, few pixels
-        loss.backward()
-    finally:
-        torch.set_num_threads(torch_threads)
-    assert math.isfinite(loss.item()) and sum(p.numel() for p in parameters) == 51_883_856
-    torch.optim.AdamW(parameters, lr=1e-4).step()
-    assert all(p.isfinite().all() for p in parameters)
-
-
-def unet_loss(model, clips, step, s, stage):
-    """The loss of a whole batch and its bands."""
-    source = train.Frames(clips) if stage == "image" and isinstance(clips, train.Latents) else clips
-    items = train.latents_of(model, step_items(model, source, step, s, stage), stage)
-    return train.unet_loss(model, items, step, s, stage)
-
-
-def step_items(model, source, step, s, stage):
-    """What a step reads."""
-    return next(train.read(source, train.step_batches(model, source, stage, s, step), workers=0))
-
-
-def vae_loss(model, clips, step, s):
-    return train.vae_loss(model, step_items(model, clips, step, s, "vae"), step, s)
-
-
-def test_gradient_checkpointing_is_asked_for_by_its_flag_and_keeps_less(monkeypatch):
-    kept = {}
-    step = train.unet_loss
-
-    def counted(*arguments):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            loss = step(*arguments)
-        kept.setdefault(out, []).append(sum(sizes))
-        return loss
-
-    monkeypatch.setattr(train, "unet_loss", counted)
-    for out, flag in (("kept", "--no-gradient-checkpointing"), ("again", "--gradient-checkpointing")):
-        train.main([*SHORT, "--out", out, flag])
-    assert kept["again"][-1] < 0.5 * kept["kept"][-1]
-    assert equal(weights("kept/model.pt"), weights("again/model.pt"))
-
-
-def test_the_image_stage_reads_no_fps_and_the_video_stage_does(monkeypatch):
-    model = MagicVideo.from_preset("tiny")
-    clips = ShapesDataset("train", 4, 32)
-    seen = {}
-    monkeypatch.setattr(model.diffusion, "errors", lambda unet, z0, context, fps, generators: seen.update(
-        shape=z0.shape, fps=fps) or (z0.sum((2, 3, 4)), torch.zeros(z0.shape[:2], dtype=torch.long)))
-    unet_loss(model, clips, 0, train.Settings(batch_size=2), "image")
-    assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
-    unet_loss(model, train.Latents(model, clips, 8), 0, train.Settings(batch_size=2), "image")
-    assert seen["shape"] == (8, 1, 4, 4, 4) and seen["fps"] is None
-    unet_loss(model, clips, 0, train.Settings(batch_size=2), "video")
-    assert seen["shape"] == (2, 4, 4, 4, 4) and seen["fps"].shape == (2,)
-
-
-def test_bf16_reaches_the_threads_that_compute_parts(monkeypatch):
+def test_a_start_from_a_model_keeps_its_vae_and_its_presets_settings(monkeypatch, whole, capsys):
+    model = MagicVideo.load(whole)
+    model.config.preset = "small"
+    model.save("small.pt")
     seen = []
-    monkeypatch.setattr(train, "unet_loss", lambda model, *_: seen.append(torch.is_autocast_enabled("cpu")) or (
-        model.unet.conv_in.weight.square().sum(), [None] * 4))
-    for precision in ("fp32", "bf16"):
-        train.main([*SHORT, "--out", precision, "--precision", precision, "--sample-every", "0"])
-    assert seen == [False] * 8 + [True] * 8  # two stages of two steps in two parts
+    monkeypatch.setattr(train, "train_stage", lambda model, clips, held_out, stage, s, out, _: (
+        seen.append((stage, s))))
+    train.main(["--init-from", "small.pt", "--out", "run", "--device", "cpu"])
+    assert [stage for stage, _ in seen] == ["image", "video"]
+    assert "VAE of small.pt stays" in capsys.readouterr().out
+    s = seen[0][1]
+    assert (s.preset, s.lr, s.muon_lr, s.batch_size) == ("small", 2e-4, 0.0, 8)
+
+
+def test_a_model_of_other_frames_is_refused_and_data_is_cut_to_the_models(monkeypatch, whole):
+    with pytest.raises(InputError, match="--frames 6.*makes 4"):
+        train.main([*SHORT, "--init-from", str(whole), "--frames", "6"])
+    seen = []
+    monkeypatch.setattr(train, "train_stage", lambda model, clips, *_: seen.append(clips.frames))
+    train.main([*SHORT, "--init-from", str(whole), "--out", "run"])
+    assert seen == [4, 4]
+
+
+@pytest.mark.parametrize("stage", cascade.CASCADE_STAGES)
+def test_a_cascade_stage_adds_its_network_and_leaves_the_model_as_it_was(stage, whole):
+    train.main([*SHORT, "--stage", stage, "--init-from", str(whole), "--out", stage])
+    model = MagicVideo.load(stage)
+    assert list(model.cascade) == [stage] and equal(model.state_dict(), weights(whole))
+    untrained = cascade.build(MagicVideo.load(whole), stage).state_dict()
+    assert not equal(untrained, cascade.build(model, stage).state_dict())
+    assert [(r["stage"], r["step"]) for r in rows(stage)] == [(stage, "1"), (stage, "2")]
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_a_start_from_stable_diffusion_keeps_the_text_encoder_and_the_vae_as_they_are(pretrained):
     model = MagicVideo.from_preset("tiny")
     model.config.pretrained = pretrained
-    parts = {stage: {id(p) for group in train.trained_parts(model, stage, train.Settings()) for p in group["params"]}
-             for stage in train.STAGES}
+    parts = {}
+    for stage, network in (("vae", model.vae), ("image", model.unet), ("video", model.unet)):
+        groups = train.parameter_groups(model, network, stage, train.Settings())
+        parts[stage] = {id(p) for group in groups for p in group["params"]}
     text = {id(p) for p in model.text_encoder.parameters()}
     encoder = {id(p) for p in model.vae.encoder.parameters()}
     temporal = {id(p) for name, p in model.vae.named_parameters() if "temporal" in name}
     assert (text <= parts["video"], encoder <= parts["vae"]) == (not pretrained,) * 2
-    assert not pretrained or (parts["vae"] == temporal and not text & parts["image"] and temporal)
+    assert not pretrained or parts["vae"] == temporal and not text & parts["image"]
 
 
-def test_frozen_words_name_weights_that_stay_as_they_are_in_every_stage(tmp_path):
-    train.main([*SHORT, "--out", "run", "--freeze", "adaptor,temporal", "--seed", "3"])
-    torch.manual_seed(3)
-    start, after = MagicVideo.from_preset("tiny").state_dict(), MagicVideo.load("run/model.pt").state_dict()
-    frozen = {name for name in start if "adaptor" in name or "temporal" in name}
-    same = {name for name in start if torch.equal(start[name], after[name])}
-    assert frozen <= same and len(frozen) > 20 and len(same) < 0.5 * len(start)
-    for words, mistake in (("adapter", '--freeze "adapter": no weight'), ("coder,quant", "leaves nothing to train")):
-        with pytest.raises(InputError, match=mistake):
-            train.main([*SHORT, "--out", "other", "--freeze", words])
+def test_trainable_chooses_weights_by_name_and_refuses_what_matches_nothing():
+    train.main([*SHORT, "--out", "run", "--stage", "vae", "--trainable", "decoder"])
+    torch.manual_seed(0)
+    before = MagicVideo.from_preset("tiny").state_dict()
+    changed = {name for name, p in weights("run").items() if not torch.equal(p, before[name])}
+    assert changed and all("decoder" in name or "quant_conv.bias" in name for name in changed)
+    assert MagicVideo.load("run").config.vae.scaling_factor == 0.18215  # latents mean what they did
+    with pytest.raises(InputError, match='--trainable "adapter": matches nothing'):
+        train.main([*SHORT, "--out", "other", "--trainable", "adapter"])
 
 
-def test_captions_are_left_out_as_often_as_asked(monkeypatch):
-    model = MagicVideo.from_preset("tiny")
+# --------------------------------------------------------------------------------------------------
+# A step
+
+
+def test_the_image_stage_reads_single_frames_without_fps_and_the_video_stage_clips(monkeypatch):
+    for stage, frames, shape in (("image", 1, (4, 1)), ("video", 4, (4, 4))):
+        model, stage_loss, items, random = items_of(stage)
+        seen = {}
+        monkeypatch.setattr(model.diffusion, "loss", lambda network, z0, context, fps, t, eps: (
+            seen.update(z0=z0, fps=fps, t=t, eps=eps) or z0.mean((1, 2, 3, 4))))
+        stage_loss(items, random, frames)
+        assert seen["z0"].shape == seen["eps"].shape == (*shape, 4, 4, 4)
+        assert seen["fps"] is None if stage == "image" else seen["fps"].shape == (4,)
+        assert seen["t"].shape == (4,) and seen["z0"].std() > 0.01
+
+
+def test_the_loss_that_trains_is_the_diffusions_own():
+    model, stage_loss, items, random = items_of("video")
+    errors, t = stage_loss(items, random, 4)
+    _, again = train.read_batch(ShapesDataset("train", 4, 32), 4, 0, "video", train.Settings())
+    again(lambda shape, generator: torch.randint(1, shape, generator=generator))
+    keep = again(torch.rand) >= 0.1
+    captions = [item["caption"] if kept else "" for item, kept in zip(items, keep)]
+    assert torch.equal(again(lambda shape, generator: torch.randint(1000, shape,
+                                                                    generator=generator)), t)
+    z0 = model.encode(torch.stack([item["video"] for item in items]))
+    fps = torch.tensor([item["fps"] for item in items])
+    expected = model.diffusion.loss(model.unet, z0, model.encode_text(captions), fps, t,
+                                    again(torch.randn, *z0.shape[1:]))
+    assert torch.equal(errors, expected)
+
+
+def test_captions_are_dropped_as_often_as_asked(monkeypatch):
+    model, stage_loss, items, random = items_of("video", 200, s=train.Settings(text_dropout=0.25))
     seen = []
-    encode_text = model.encode_text
-    monkeypatch.setattr(model, "encode_text", lambda captions: seen.extend(captions) or encode_text(captions))
-    clips = train.Latents(model, ShapesDataset("train", 4, 32), 4)
+    monkeypatch.setattr(model, "encode_text", lambda captions: seen.extend(captions) or (
+        torch.zeros(len(captions), 1, 32)))
     with torch.no_grad():
-        for step in range(25):
-            unet_loss(model, clips, step, train.Settings(batch_size=40, text_dropout=0.25), "video")
-    assert 0.2 < seen.count("") / len(seen) < 0.3
+        stage_loss(items, random, 4)
+    assert 0.15 < seen.count("") / 200 < 0.35
 
 
-def test_latents_after_the_vae_stage_have_standard_deviation_one():
-    model = MagicVideo.from_preset("tiny")
-    clips = ShapesDataset("train", 4, 32)
-    items = [train.encode(model, clips[i]) for i in range(64)]
-    mean, logvar = (torch.stack([item[name] for item in items]) for name in ("mean", "logvar"))
-    for noise in (0, 1):
-        model.config.vae.scaling_factor = train.measure_scaling(model, clips, train.Settings(latent_noise=noise))
-        latents = model.vae.sample_latents(mean, logvar, noise * torch.randn_like(mean))
-        assert latents.std().item() == pytest.approx(1, abs=0.05)
-
-
-def test_every_setting_and_every_size_is_read_somewhere():
-    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    for config in (train.Settings, MagicVideoConfig, UNetConfig, VAEConfig, CLIPTextConfig, DiffusionConfig):
-        for f in fields(config):
-            assert re.search(rf"(\bs|config|model|diffusion|self)\.{f.name}\b", source), f"{config.__name__}.{f.name}"
-
-
-@pytest.mark.parametrize("thumbnail", [0, 0.7])
-def test_the_vae_loss_is_the_squared_error_the_divergence_of_its_posterior_and_the_thumbnail(thumbnail, monkeypatch):
-    model, clips = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32)
+def test_the_vae_loss_is_the_squared_error_and_the_divergence_of_its_posterior(monkeypatch):
+    s = train.Settings(kl_weight=0.5)
+    model, stage_loss, items, random = items_of("vae", s=s)
     seen = {}
     encode, decode = model.vae.encode, model.vae.decode
     monkeypatch.setattr(model.vae, "encode", lambda video: seen.setdefault(
         "posterior", encode(seen.setdefault("video", video))))
-    monkeypatch.setattr(model.vae, "decode", lambda z, temporal: seen.setdefault("decoded", decode(z)))
-    loss = vae_loss(model, clips, 0, train.Settings(kl_weight=0.5, thumbnail=thumbnail))
+    monkeypatch.setattr(model.vae, "decode", lambda z: seen.setdefault("decoded", decode(z)))
+    errors, t = stage_loss(items, random, 1)
     mean, logvar = seen["posterior"]
     normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1)).mean()
-    small = seen["video"].unflatten(-2, (4, 8)).unflatten(-1, (4, 8)).mean((-3, -1))  # 8 x 8 pixels each
-    pull = (mean[:, :, :3] - 3 * (small - small.mean((0, 1, 3, 4))[:, None, None])).square().mean()
-    numbers = mean.movedim(2, 0).flatten(1)
-    pull = pull + (torch.cov(numbers)[3] - torch.tensor([0, 0, 0, 1.0])).square().mean()
-    expected = (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl + thumbnail * pull
-    torch.testing.assert_close(loss, expected)
+    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1))
+    expected = (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl.mean()
+    assert t is None and torch.allclose(errors.mean(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_vae_sees_single_frames_first_and_whole_clips_last_unless_its_image_part_is_frozen(frozen):
-    model, clips, s = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32), train.Settings(vae_steps=10)
-    for name, p in model.vae.named_parameters():
-        p.requires_grad_("temporal" in name or not frozen)
-    shapes = []
-    zeros = torch.zeros
-    model.vae.encode = lambda video: shapes.append(tuple(video.shape[:2])) or (zeros(*video.shape[:2], 4, 4, 4),) * 2
-    for step in range(10):
-        vae_loss(model, clips, step, s)
-    assert shapes == ([(3, 4)] * 10 if frozen else [(12, 1)] * 8 + [(3, 4)] * 2)
+def test_temporal_layers_of_the_vae_start_at_their_peak_rate_when_clips_begin():
+    model = MagicVideo.from_preset("tiny")
+    s = train.Settings(vae_steps=100, warmup=1)
+    _, optimizers, _ = train.prepare(model, model.vae, "vae", s, None)
+    image, video = optimizers[0].param_groups
+    assert video["start"] == 80 and image["start"] == 0
+    set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, s.warmup)
+    assert video["lr"] == pytest.approx(s.lr * s.video_lr_scale)  # as other zero-started layers
+    assert image["lr"] < 0.1 * s.lr
 
 
-def test_the_vaes_temporal_layers_learn_from_clips_and_its_image_part_alone_from_single_frames():
-    model, clips, s = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32), train.Settings(vae_steps=10)
-    for p in model.vae.decoder.temporal_attentions.parameters():
-        torch.nn.init.normal_(p)  # else most gradients are zero
-    for step, moved in ((0, False), (9, True)):
-        model.zero_grad()
-        vae_loss(model, clips, step, s).backward()
-        assert all((p.grad is not None) == moved for p in model.vae.decoder.temporal_attentions.parameters())
-        assert model.vae.decoder.conv_out.weight.grad.abs().sum() > 0
+def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32(whole):
+    train.main([*SHORT, "--out", "bf16", "--precision", "bf16"])
+    one, other = weights(whole), weights("bf16")
+    assert {p.dtype for p in other.values()} == {torch.float32} and not equal(one, other)
+    assert max((one[key] - other[key]).abs().max().item() for key in one) < 0.02
 
 
-def test_frames_of_one_clip_are_no_measure_of_how_latents_vary():
-    model, clips = MagicVideo.from_preset("tiny"), ShapesDataset("train", 4, 32)
-    for step, counts in ((0, True), (9, False)):
-        losses = [vae_loss(model, clips, step, train.Settings(vae_steps=10, thumbnail=x)) for x in (0.0, 1.0)]
-        assert (losses[0] != losses[1]) == counts
+def test_gradient_checkpointing_keeps_less_and_trains_the_same_weights(whole, monkeypatch):
+    kept = {}
+    forward = train.StageLoss.forward
+
+    def counted(*arguments):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
+                                                      lambda x: x):
+            loss = forward(*arguments)
+        kept[out] = sum(sizes)
+        return loss
+
+    monkeypatch.setattr(train.StageLoss, "forward", counted)
+    for out, flags in (("kept", []), ("again", ["--gradient-checkpointing"])):
+        train.main([*SHORT, "--out", out, "--sample-every", "0", *flags])
+    assert kept["again"] < 0.5 * kept["kept"]
+    assert equal(weights("kept"), weights("again"))
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch():
+    for out, flags in (("one", []), ("two", ["--accumulate", "2"])):
+        train.main([*SHORT, "--out", out, "--muon-lr", "0", *flags])
+    one, two = weights("one"), weights("two")
+    assert all(close(one[key], two[key], 1e-4) for key in one)
+    assert [round(float(r["loss"]), 4) for r in rows("one")] == pytest.approx(
+        [round(float(r["loss"]), 4) for r in rows("two")], abs=2e-4)
+
+
+def test_every_item_comes_up_once_an_epoch_in_a_new_order():
+    items = [{"n": n} for n in range(10)]
+    seen = [item["n"] for step in range(6)
+            for item in train.read_batch(items, 5, step, "video", train.Settings())[0]]
+    epochs = [seen[i : i + 10] for i in range(0, 30, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_one_clip_can_be_learned_by_heart():
-    """The loss falls far below its start, and sampling gives back the clip."""
     torch.manual_seed(0)
-    unet = UNet3D(UNetConfig(channels=(32, 32), attention=(True, True), layers=1, heads=2, groups=4, context_width=8,
-                             frames=4))
-    diffusion = Diffusion(DiffusionConfig(prediction="v_prediction"))
+    unet = UNet3D(UNetConfig(channels=(32, 32), attention=(True, True), layers=1, heads=2, groups=4,
+                             context_width=8, frames=4))
+    diffusion = VDiffusion()
     z0, context = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 2, 8)
     batch = z0.expand(8, -1, -1, -1, -1), context.expand(8, -1, -1), torch.full((8,), 8.0)
-    optimizer, generator, losses = torch.optim.AdamW(unet.parameters(), lr=3e-3), torch.Generator().manual_seed(0), []
-    for step in range(150):
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 150, 3e-3, 10)
-        loss = diffusion.loss(unet, *batch, generator)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(150):
+        loss = diffusion.loss(unet, *batch, generator=generator).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-20:]) / 20 < 0.25 * losses[0]
-    sampled = diffusion.sample(unet, z0.shape, context, context, torch.full((1,), 8.0), steps=25, guidance=1.0,
-                               generator=torch.Generator().manual_seed(1))
+    sampled = diffusion.sample(unet, z0.shape, context, context, torch.full((1,), 8.0), steps=25,
+                               guidance=1.0, generator=torch.Generator().manual_seed(1))
     assert torch.corrcoef(torch.stack([sampled.flatten(), z0.flatten()]))[0, 1] > 0.9
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_flag(monkeypatch):
-    monkeypatch.setattr(train, "vae_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(InputError, match="nan at step 0 of stage vae: lower --vae-lr"):
-        train.main([*SHORT, "--out", "bad"])
-    assert not Path("bad/model.pt").exists()
+# --------------------------------------------------------------------------------------------------
+# Processes
 
 
-def test_a_folder_of_clips_trains_and_names_the_next_command(capsys):
-    Path("clips").mkdir()
-    for i, item in enumerate(ShapesDataset("train", 8, 48, length=3)):
-        write_clip(f"clips/{i}.gif", item["video"], 8)
-        Path(f"clips/{i}.txt").write_text(item["caption"])
-        if i == 2:
-            break
-    train.main([*SHORT, "--data", "clips", "--out", "mine"])
-    assert "mine/model.pt" in capsys.readouterr().out
-    assert MagicVideo.load("mine/model.pt").sample("a red circle", steps=2).shape == (1, 4, 3, 32, 32)
+def run_ranks(out, count, *flags, kill_rank=None):
+    """Train the tinier preset in float64 by `count` processes."""
+    script = (
+        "import os, sys, torch\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "import train, runs\n"
+        "from test_train import PRESETS, TINIER, MagicVideoConfig\n"
+        "PRESETS['tiny'] = MagicVideoConfig(**TINIER)\n"
+        f"if runs.rank() == {kill_rank}:\n"
+        "    loss = train.StageLoss.forward\n"
+        "    train.StageLoss.forward = lambda self, *a: (\n"
+        "        os._exit(9) if self.stage == 'image' else loss(self, *a))\n"
+        "torch.set_num_threads(1)\n"
+        "try:\n"
+        "    train.main(sys.argv[1:], __file__)\n"
+        "except train.InputError as error:\n"
+        "    if runs.rank() == 0:\n"
+        "        print(error, file=sys.stderr)\n"
+        "    sys.exit(2)\n")
+    Path("ranks.py").write_text(script)
+    flags = ["--vae-steps", "3", "--image-steps", "2", "--video-steps", "2", "--cache", "6",
+             "--batch-size", "4", "--vae-batch-size", "4", "--muon-lr", "0", "--sample-every", "0",
+             "--save-every", "1", "--device", "cpu", *flags]
+    return subprocess.run([sys.executable, "ranks.py", *flags, "--out", out, "--ranks", str(count)],
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_several_processes_train_as_one_does():
+    for count in (1, 2):
+        done = run_ranks(f"ranks{count}", count)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done in") == 1
+    one, two = stored("ranks1"), stored("ranks2")
+    assert all(close(one[key], two[key], 1e-9) for key in one)
+    assert [r["loss"] for r in rows("ranks1")] == [r["loss"] for r in rows("ranks2")]
+
+
+def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
+    done = run_ranks("run", 2, kill_rank=1)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"another process has ended; go on with --resume --out run", done.stderr)
+    assert load_checkpoint("run/checkpoint.pt", "magicvideo-training")["step"] == 3
+    done = run_ranks("run", 2, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [r["stage"] for r in rows("run")] == ["vae"] * 3 + ["image"] * 2 + ["video"] * 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes of users
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "huge"], '--preset "huge".*tiny, small, paper'),
     (["--stage", "audio"], '--stage "audio".*vae, image, video'),
-    (["--stage", "video"], "--stage video needs.*--init-from"),
-    (["--init-from", "nowhere.pt"], "nowhere.pt"),
-    (["--data", "nowhere"], "nowhere"),
-    (["--batch-size", "0"], "--batch-size 0.*at least 1"),
-    (["--vae-steps", "-1"], "--vae-steps -1.*at least 0"),
+    (["--stage", "video"], "--stage video.*--init-from"),
+    (["--init-from", "nowhere.pt"], "nowhere.pt.*train.py"),
+    (["--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--batch-size", "0"], "--batch-size 0: give 1"),
+    (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3: give a multiple of"),
+    (["--vae-steps", "-1"], "--vae-steps -1"),
     (["--lr", "nan"], "--lr nan"),
-    (["--ema", "1.5"], "--ema 1.5.*at most 1"),
-    (["--resume"], "--resume.*--out"),
-    (["--resume", "--out", "empty"], "--resume.*checkpoint.pt.*empty"),
+    (["--ema", "1.5"], "--ema 1.5: give 0 to 1"),
+    (["--seed", str(2**32)], "--seed 4294967296: give 0 to 4294967295"),
+    (["--precision", "fp8"], '--precision "fp8": use fp32, bf16'),
+    (["--trainable", "("], r'--trainable "\(": '),
+    (["--resume"], "--resume: no checkpoint.pt"),
+    (["--resume", "--out", "empty"], "--resume: no checkpoint.pt in empty"),
     (["--device", "abacus"], "--device abacus"),
-    (["--frames", "-3"], "--frames -3"),
-    (["--check-data"], "--check-data.*--data FOLDER"),
-    (["--check-data", "--data", "nowhere"], "nowhere: no such folder"),
 ])
 def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, flags, words):
     with pytest.raises(InputError) as error:
@@ -467,36 +523,17 @@ def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, flags, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_data_names_what_is_bad_and_trains_nothing(capsys):
-    Path("clips").mkdir()
-    write_clip("clips/good.gif", ShapesDataset("train", 8, 32)[0]["video"], 8)
-    train.main(["--data", "clips", "--frames", "4", "--check-data"])
-    assert "every clip can be decoded" in capsys.readouterr().out
-    Path("clips/bad.gif").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="--check-data: clips cannot be used as it is"):
-        train.main(["--data", "clips", "--frames", "4", "--check-data"])
-    assert "bad.gif: cannot be read" in capsys.readouterr().out and not Path("runs").exists()
+def test_a_checkpoint_of_other_code_says_how_to_go_on(whole):
+    contents = load_checkpoint(whole / "checkpoint.pt", "magicvideo-training")
+    settings = {**json.loads(contents["settings"]), "levers": 3}
+    runs.save_checkpoint("old/checkpoint.pt", {**contents, "settings": json.dumps(settings)})
+    with pytest.raises(InputError, match="old/checkpoint.pt: .*--init-from old/model.pt"):
+        train.main(["--resume", "--out", "old"])
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_other_settings_do_not_resume_it():
-    train.main([*SHORT, "--out", "mine"])
-    before = weights("mine/model.pt")
-    with pytest.raises(InputError, match="mine holds a run.*--resume"):
-        train.main([*SHORT, "--out", "mine"])
-    with pytest.raises(InputError, match="--batch-size 3.*started with 2"):
-        train.main(["--resume", "--out", "mine", "--batch-size", "3"])
-    assert equal(before, weights("mine/model.pt"))
-
-
-def test_the_command_ends_with_status_2_and_no_traceback_for_a_user_s_mistake():
-    mistakes = ("train.py", ["--preset", "huge"]), ("train.py", ["--nonsense"]), ("sample.py", ["a", "--steps", "x"])
-    for script, flags in mistakes:
-        run = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True)
-        assert run.returncode == 2 and "Traceback" not in run.stderr and run.stderr.strip().count("\n") < 40
-
-
-def test_a_compiled_run_saves_a_model_like_any_other(monkeypatch, whole):
-    compiled = []
-    monkeypatch.setattr(UNet3D, "compile", lambda self: compiled.append(self))
-    train.main([*SHORT, "--out", "run", "--compile", "--parts", "2"])
-    assert len(compiled) == 1 and equal(whole, weights("run/model.pt"))
+def test_the_command_ends_with_status_2_and_no_traceback_for_a_users_mistake():
+    for script, flags in (("train.py", ["--preset", "huge"]), ("sample.py", ["a", "--steps", "0"])):
+        done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"{script}: --")
