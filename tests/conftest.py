@@ -68,6 +68,14 @@ def close(a: Tensor, b: Tensor, within: float) -> bool:
     return a.shape == b.shape and (a - b).abs().max().item() <= within
 
 
+def recorded(model, calls: list):
+    """Make a function that does what `model` does and notes what it is given."""
+    def recording(*arguments):
+        calls.append(arguments)
+        return model(*arguments)
+    return recording
+
+
 class NoFloat64(TorchDispatchMode):
     """Fail where an operation on the device "meta" reads or makes float64: Apple GPUs have none."""
 

@@ -93,16 +93,6 @@ def test_10_000_odd_strings_and_one_long_word_have_the_ids_of_openais_tokenizer(
         assert clip_tokenizer.decode(ids) == openai_tokenizer.decode(plain).strip(), ascii(text)
 
 
-def test_ids_are_those_of_transformers_clip_tokenizer(clip_tokenizer):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.CLIPTokenizer(vocab=clip_tokenizer._id_of, merges=clip_tokenizer.merges,
-                                        pad_token="<|endoftext|>")
-    # plain text alone: transformers 5 repairs neither curly quotes nor HTML
-    texts = [*CAPTIONS, ASTRONAUT, "naïve café", "Don't STOP 12345 3.14", "a horse " * 60]
-    ids = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
-    assert clip_tokenizer(texts).tolist() == ids
-
-
 def test_every_kind_of_vocabulary_file_gives_the_same_tokenizer(
         clip_folder, clip_tokenizer, tmp_path):
     packed = clip_folder / "bpe_simple_vocab_16e6.txt.gz"
@@ -144,18 +134,6 @@ def test_training_takes_the_most_frequent_pair_and_of_equals_the_alphabetically_
     expected = [("a", "b")]  # 3 times, the next four twice, the last once
     expected += [("a", "b</w>"), ("ab", "ab</w>"), ("x", "y"), ("xy", "c</w>"), ("ab", "d</w>")]
     assert merges == expected
-
-
-def test_no_learned_symbol_reaches_across_words(trained):
-    words = {word for text in CAPTIONS for word in text.split()}
-    for left, right in trained.merges:
-        assert any((left + right).removesuffix("</w>") in word for word in words)
-
-
-def test_the_list_of_merges_rebuilds_the_tokenizer(trained):
-    again = Tokenizer([[*pair] for pair in trained.merges], trained.context_length)  # as from JSON
-    assert torch.equal(again(CAPTIONS), trained(CAPTIONS))
-    assert (again.merges, again.vocab_size) == (trained.merges, trained.vocab_size)
 
 
 def test_rows_are_start_the_first_tokens_of_the_caption_and_end_tokens(trained):
@@ -211,7 +189,6 @@ def tokens():
     return torch.randint(0, 99, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("length", [16, 5])
 def test_outputs_equal_those_of_transformers_clip_text_model(encoder, tokens, length):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -230,7 +207,6 @@ def test_outputs_equal_those_of_transformers_clip_text_model(encoder, tokens, le
     assert close(encoder(tokens[:, :length]), expected, 1e-9)
 
 
-@torch.no_grad()
 def test_attention_is_the_formula_written_out():
     attention = shaken(CausalSelfAttention(24, heads=4))
     x = randn(2, 7, 24)
@@ -246,20 +222,6 @@ def test_attention_is_the_formula_written_out():
     assert close(attention(x), attention.out_proj(torch.cat(outputs, -1)), 1e-9)
 
 
-def test_names_and_shapes_at_full_size_are_those_of_transformers():
-    with torch.device("meta"):
-        ours = CLIPTextEncoder(CLIPTextConfig()).state_dict()
-    assert len(ours) == 196 and sum(p.numel() for p in ours.values()) == 123_060_480
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    with torch.device("meta"):
-        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-    theirs = {name.removeprefix("text_model."): p.shape for name, p in theirs.state_dict().items()
-              if not name.endswith("position_ids")}
-    assert {name.removeprefix("text_model."): p.shape for name, p in ours.items()} == theirs
-
-
-@torch.no_grad()
 def test_changing_a_later_token_leaves_earlier_outputs_bit_identical(encoder, tokens):
     other = tokens.clone()
     other[:, 9] = (other[:, 9] + 1) % 99
@@ -269,6 +231,7 @@ def test_changing_a_later_token_leaves_earlier_outputs_bit_identical(encoder, to
     assert (before[:, 9:] != after[:, 9:]).any(-1).all()
 
 
-def test_more_tokens_than_positions_are_refused(encoder):
-    with pytest.raises(ValueError, match="17 tokens.*16"):
-        encoder(torch.zeros(1, 17, dtype=torch.int64))
+def test_the_encoder_at_full_size_is_stable_diffusions_196_tensors():
+    with torch.device("meta"):  # no memory behind it
+        weights = CLIPTextEncoder(CLIPTextConfig()).state_dict().values()
+    assert len(weights) == 196 and sum(p.numel() for p in weights) == 123_060_480

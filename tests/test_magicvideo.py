@@ -79,7 +79,8 @@ def test_the_sizes_of_every_preset_fit_together(name):
 
 
 def test_defaults_are_the_papers_and_stable_diffusions():
-    defaults = {name: p.default for name, p in inspect.signature(MagicVideo.sample).parameters.items()}
+    parameters = inspect.signature(MagicVideo.sample).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
     asked = {"fps": 8, "steps": 50, "guidance": None, "sampler": "ddim", "seed": 0, "eta": 0.0}
     assert asked.items() <= defaults.items()
     assert PRESETS["paper"].guidance == 7.5 and PRESETS["paper"].unet.frames == 16
@@ -129,8 +130,6 @@ BROKEN = {
     "a training": lambda path: torch.save({"format": "magicvideo-training"}, path),
     "no model": lambda path: torch.save({"format": "magicvideo"}, path),
     "no dictionary": lambda path: torch.save({"format": "magicvideo", "model": [1]}, path),
-    "a tensor for a model": lambda path: torch.save(
-        {"format": "magicvideo", "model": torch.ones(3)}, path),
     "its end cut off": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "another size": lambda path: edit(path, lambda state: state.update(

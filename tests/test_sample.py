@@ -1,25 +1,31 @@
-"""The command line of sample.py: what it writes, which model it takes, what it says to mistakes."""
+"""sample.py: what a command line writes, which model it takes, what it says to mistakes."""
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import cascade
 import sample
-from data import InputError, read_clip
+from conftest import shaken, small_model
+from data import InputError, ShapesDataset, read_clip
 from magicvideo import MagicVideo
+from sample import film_strip, grid, write_clip
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
+    """The path of a model of 4 frames of 16 x 16 that has both networks of the cascade."""
+    model = small_model()
+    for stage in cascade.CASCADE_STAGES:
+        model.cascade[stage] = shaken(cascade.build(model, stage)).float().state_dict()
     path = tmp_path_factory.mktemp("model") / "model.pt"
-    MagicVideo.from_preset("tiny").save(path)
+    model.save(path)
     return str(path)
 
 
@@ -29,118 +35,159 @@ def empty_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "SHIPPED", tmp_path / "nothing.pt")
 
 
-def test_a_prompt_ends_as_a_clip_gif_with_every_frame(model, capsys):
-    sample.main(["a red circle moving left", "--checkpoint", model, "--steps", "2"])
-    pictures, rate = read_clip("clip.gif")
-    assert pictures.shape == (8, 64, 64, 3) and rate == pytest.approx(8, rel=0.05)
-    said = capsys.readouterr().out
-    assert model in said and "clip.gif" in said
-
-
-def test_several_prompts_make_one_grid(model):
-    sample.main(["a red circle", "a blue square", "", "--checkpoint", model, "--steps", "1", "--out", "grid.png"])
-    assert Image.open("grid.png").size == (2 * 64 + 2, 2 * 64 + 2)
+def run(model, *arguments):
+    sample.main([*arguments, "--checkpoint", model, "--steps", "1"])
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".mp4"])
-def test_every_format_is_written(model, suffix):
+def test_a_prompt_ends_as_a_clip_of_every_format_without_the_cascade(
+        model, suffix, capsys, monkeypatch):
     if suffix == ".mp4":
-        pytest.importorskip("av", reason="pip install av, from requirements-extra.txt")
-    sample.main(["a red circle", "--checkpoint", model, "--steps", "1", "--out", f"folder/clip{suffix}"])
-    pictures, rate = read_clip(f"folder/clip{suffix}")
-    assert pictures.shape == (8, 64, 64, 3) and rate == pytest.approx(8, rel=0.05)
+        pytest.importorskip("av", reason="writing .mp4 needs av")
+    monkeypatch.setitem(sys.modules, "cascade", None)  # whoever imports it fails
+    out = f"folder/clip{suffix}"
+    run(model, "a red circle moving left", "--out", out)
+    pictures, rate = read_clip(out)
+    assert pictures.shape == (4, 16, 16, 3) and rate == pytest.approx(8, rel=0.05)
+    said = capsys.readouterr().out
+    assert model in said and f"wrote {out}: 1 clip of 4 frames, 16 x 16" in said
 
 
-def test_same_seed_writes_the_same_file_and_another_seed_another(model):
+@pytest.mark.parametrize("prompt", ["a " * 10_000, "\ud800", "ｗｉｄｅ 🎈", "<|endoftext|>", "  "])
+def test_odd_prompts_are_prompts_and_several_make_one_grid(model, prompt):
+    run(model, prompt, "a red circle", "", "--out", "grid.png")
+    assert Image.open("grid.png").size == (2 * 16 + 2, 2 * 16 + 2)
+
+
+def test_one_seed_writes_one_file_and_another_seed_another(model):
     for out, seed in (("one.png", "1"), ("two.png", "1"), ("three.png", "2")):
-        sample.main(["a red circle", "--checkpoint", model, "--steps", "1", "--seed", seed, "--out", out])
-    one, two, three = (open(f"{name}.png", "rb").read() for name in ("one", "two", "three"))
+        run(model, "a red circle", "--seed", seed, "--out", out)
+    one, two, three = (Path(f"{name}.png").read_bytes() for name in ("one", "two", "three"))
     assert one == two != three
 
 
-def test_without_checkpoint_the_newest_run_is_taken_and_said(model, capsys, tmp_path):
-    for age, run in enumerate(["newest", "older"]):
-        place = tmp_path / "runs" / run / "model.pt"
-        place.parent.mkdir(parents=True)
-        place.write_bytes(open(model, "rb").read())
-        os.utime(place, (1e9 - age, 1e9 - age))
-    sample.main(["a red circle", "--steps", "1"])
-    assert "newest" in capsys.readouterr().out
+def test_key_frames_are_interpolated_and_enlarged_also_with_the_highest_seed(model):
+    seed = str(2**32 - 1)
+    run(model, "a red circle", "a blue square", "--out", "keys.webp", "--seed", seed)
+    run(model, "a red circle", "a blue square", "--out", "all.webp", "--seed", seed,
+        "--interpolate", "--upscale")
+    keys, _ = read_clip("keys.webp")
+    pictures, rate = read_clip("all.webp")
+    assert pictures.shape == (13, 64, 2 * 64 + 2, 3) and rate == pytest.approx(32, rel=0.02)
+    assert keys.shape == (4, 16, 2 * 16 + 2, 3)
 
 
-def test_all_thousand_steps_are_a_valid_number(model, monkeypatch):
-    monkeypatch.setattr("unet3d.UNet3D.forward", lambda self, z, t, context, fps=None: 0.1 * z)
-    sample.main(["a red circle", "--checkpoint", model, "--steps", "1000"])
-    assert read_clip("clip.gif")[0].shape == (8, 64, 64, 3)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--steps", "0"], "--steps 0.*1 to 1000"),
-    (["--steps", "1001"], "--steps 1001.*1 to 1000"),
-    (["--frames", "16"], "--frames 16.*8 frames.*adaptors"),
-    (["--fps", "0"], "--fps 0"),
-    (["--eta", "-1"], "--eta -1"),
-    (["--seed", "-1"], "--seed -1"),
-    (["--guidance", "nan"], "--guidance nan"),
-    (["--out", "clip.txt"], "clip.txt.*gif"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt.*train.py"),
-])
-def test_wrong_flags_are_one_line_and_write_nothing(model, tmp_path, flags, words):
-    with pytest.raises(InputError) as error:
-        sample.main(["a red circle", "--checkpoint", model, *flags])
-    assert re.search(words, str(error.value)) and "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_any_model_the_way_to_one_is_said():
+def test_without_checkpoint_the_newest_run_is_taken_and_without_runs_the_way_is_said(model, capsys):
     with pytest.raises(InputError, match="python train.py"):
         sample.main(["a red circle"])
-
-
-@pytest.mark.parametrize("prompt", ["a " * 10_000, "\ud800 broken", "ｆｕｌｌ ｗｉｄｔｈ 🎈", "<|endoftext|>", "  "])
-def test_odd_prompts_are_prompts(model, prompt):
-    sample.main([prompt, "--checkpoint", model, "--steps", "1"])
-    assert read_clip("clip.gif")[0].shape == (8, 64, 64, 3)
-
-
-def test_a_file_of_prompts_makes_a_clip_each_and_none_again(model, capsys, monkeypatch):
-    Path("prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
-    flags = ["--prompts", "prompts.txt", "--checkpoint", model, "--steps", "1", "--out", "set/c.png"]
-    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    sample.main(flags)
-    assert [path.name for path in Path("set").iterdir()] == ["c-00002.png"]
-    before = Path("set/c-00002.png").stat().st_mtime_ns
-    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
-    sample.main(flags)
-    assert sorted(path.name for path in Path("set").iterdir()) == [f"c-0000{k}.png" for k in (1, 2, 3)]
-    assert Path("set/c-00002.png").stat().st_mtime_ns == before
-    assert "c-00002.png is there already" in capsys.readouterr().out
-    sample.main(["a blue square", "--checkpoint", model, "--steps", "1", "--out", "one.png", "--seed", "1"])
-    assert Path("one.png").read_bytes() == Path("set/c-00002.png").read_bytes()
+    for age, name in enumerate(["newest", "older"]):
+        path = Path("runs") / name / "model.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(Path(model).read_bytes())
+        os.utime(path, (1e9 - age, 1e9 - age))
+    sample.main(["a red circle", "--steps", "1"])
+    assert "model: runs/newest/model.pt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "give prompts, or a file"), (["a", "--prompts", "p.txt"], "give prompts, or a file"),
-    (["--prompts", "none.txt"], "--prompts none.txt: cannot be read"),
-    (["--prompts", "empty.txt"], "no prompts in it")])
-def test_mistakes_with_prompts_are_one_line(model, flags, words):
-    Path("empty.txt").write_text("")
-    with pytest.raises(InputError, match=words) as error:
-        sample.main([*flags, "--checkpoint", model])
-    assert "\n" not in str(error.value)
+    ("--steps 0", "--steps 0.*1 to 1000"), ("--steps 1001", "--steps 1001.*1 to 1000"),
+    ("--fps 0", "--fps 0"), ("--fps nan", "--fps nan"), ("--fps 101", "--fps 101.*100.*gif"),
+    ("--fps 30 --interpolate", "--fps 30.* 25 .*gif.*--interpolate"), ("--eta -1", "--eta -1"),
+    ("--seed -1", "--seed -1"), ("--seed 4294967296", "--seed 4294967296.* 4294967295"),
+    ("--guidance inf", "--guidance inf"), ("--out clip.txt", "clip.txt.*gif"),
+    ("--sampler euler", "euler.*ddim or ddpm"),
+])
+def test_wrong_flags_are_one_line_before_the_model_is_loaded(flags, words, monkeypatch):
+    monkeypatch.setattr(MagicVideo, "load", lambda *_: pytest.fail("loaded first"))
+    with pytest.raises(InputError) as error:
+        sample.main(["a red circle", *flags.split()])
+    assert re.search(words, str(error.value)) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py", "evaluate.py"])
-def test_torch_starts_with_threads_that_wait_without_spinning(tmp_path, script):
-    # a torch that only says what it finds: the policy is read once, when the library is loaded
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os, sys; sys.exit(os.environ['OMP_WAIT_POLICY'])")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    environment.pop("OMP_WAIT_POLICY", None)
-    run = [sys.executable, str(Path(sample.__file__).parent / script)]
-    found = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)
-    assert found.stderr.strip() == "PASSIVE"
-    found = subprocess.run(run, env={**environment, "OMP_WAIT_POLICY": "ACTIVE"}, capture_output=True, text=True,
-                           timeout=60)
-    assert found.stderr.strip() == "ACTIVE"
+def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    small_model().save("plain.pt")
+    for flags, words in (("--out a.mp4", "a.mp4: pip install av"),
+                         ("--device abacus", "abacus.*cpu"),
+                         ("--checkpoint none.pt", "none.pt: no such file.*train.py"),
+                         ("--checkpoint plain.pt --interpolate", "train.py --stage interpolate"),
+                         ("--checkpoint plain.pt --upscale", "train.py --stage upscale")):
+        with pytest.raises(InputError, match=words):
+            sample.main(["a red circle", "--checkpoint", model, *flags.split()])
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing clips
+
+
+@pytest.fixture(scope="module")
+def video():
+    """Eight frames of 48 x 64 of few colors, two neighbours equal, of whole bytes."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(2, (8, 3, 48, 64), generator=generator) * 100 + 15
+    pictures[4] = pictures[3]
+    return pictures / 127.5 - 1
+
+
+def to_bytes(video):
+    return ((video + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+@pytest.mark.parametrize("fps", [4, 12.5, 24])
+def test_a_clip_is_read_back_as_it_was_written_equal_neighbours_too(tmp_path, video, suffix, fps):
+    for frames in (-video, video, video[:1]):  # a clip takes the place of an older one
+        write_clip(tmp_path / f"clip{suffix}", frames, fps)
+    assert np.array_equal(read_clip(tmp_path / f"clip{suffix}")[0], to_bytes(video[:1]))
+    write_clip(tmp_path / f"clip{suffix}", video, fps)
+    pictures, rate = read_clip(tmp_path / f"clip{suffix}")
+    assert np.array_equal(pictures, to_bytes(video))
+    assert abs(len(video) / rate - len(video) / fps) <= (0.0051 if suffix == ".gif" else 0.00051)
+    assert [path.name for path in tmp_path.iterdir()] == [f"clip{suffix}"]
+
+
+@pytest.mark.parametrize("h, w", [(64, 64), (63, 47)])
+def test_an_mp4_is_read_back_nearly_and_grows_to_even_sizes(tmp_path, h, w):
+    pytest.importorskip("av", reason="writing .mp4 needs av")
+    video = ShapesDataset()[0]["video"][..., :h, :w]
+    write_clip(tmp_path / "clip.mp4", video, fps=8)
+    pictures, rate = read_clip(tmp_path / "clip.mp4")
+    assert pictures.shape == (8, h + h % 2, w + w % 2, 3) and rate == 8
+    assert np.abs(pictures[:, :h, :w].astype(int) - to_bytes(video)).mean() < 4
+
+
+def test_the_plain_background_of_a_gif_of_many_colors_stays_plain_and_still(tmp_path):
+    clips = grid(torch.stack([ShapesDataset()[i]["video"] for i in range(0, 120, 14)]))
+    write_clip(tmp_path / "grid.gif", clips, 8)
+    pictures = read_clip(tmp_path / "grid.gif")[0].astype(int)
+    truth = to_bytes(clips)
+    background = (truth == truth[0, 0, 0]).all(-1)
+    assert len(np.unique(pictures[background], axis=0)) == 1
+    assert np.abs(pictures - truth)[background].max() <= 2 and np.abs(pictures - truth).mean() < 2
+
+
+def test_writing_fails_whole_and_says_why(tmp_path, video, monkeypatch):
+    def fill_disk(self, path, **options):
+        Path(path).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "old.gif").write_text("old")
+    monkeypatch.setattr(Image.Image, "save", fill_disk)
+    for path, words in (("old.gif", "old.gif.*No space left.*choose another"),
+                        ("old.gif/a.gif", "old.gif/a.gif.*choose another")):
+        with pytest.raises(InputError, match=words):
+            write_clip(tmp_path / path, video, 8)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_grid_shows_every_clip_and_a_strip_every_frame():
+    videos = torch.rand(5, 4, 3, 8, 10)
+    tiled = grid(videos)
+    assert tiled.shape == (4, 3, 2 * 8 + 2, 3 * 10 + 4)
+    assert torch.equal(tiled[..., :8, 12:22], videos[1])
+    assert torch.equal(tiled[..., 10:, 12:22], videos[4])
+    assert (tiled[..., 8:10, :] == 1).all() and (tiled[..., 10:, 24:] == 1).all()
+    picture = film_strip(videos)
+    assert picture.shape == (3, 5 * 8 + 8, 4 * 10 + 6)
+    assert torch.equal(picture[:, 20:28, 36:46], videos[2, 3])

@@ -164,8 +164,6 @@ BROKEN = {
         lambda f: edit(f / "unet/config.json", use_linear_projection=True), "use_linear_"),
     "heads by level": (
         lambda f: edit(f / "unet/config.json", attention_head_dim=[5, 10]), "another generation"),
-    "an inpainting U-Net": (
-        lambda f: edit(f / "unet/config.json", in_channels=9), "in_channels is 9"),
     "another activation": (
         lambda f: edit(f / "text_encoder/config.json", hidden_act="gelu"), "hidden_act"),
     "SDXL": (lambda f: (f / "text_encoder_2").mkdir(), "two text encoders"),
