@@ -1,9 +1,8 @@
 """After the key frames (paper §3): interpolation, 16 -> 61 frames; super-resolution, 256 -> 1024
 pixels. Both are the U-Net of `unet3d.py` under diffusion again, with a concatenated condition:
 
-    Interpolator   three noisy latents, and beside each the latents of the adjacent key frames
-    Upscaler       in pixels: a noisy residual, and beside it the bicubic upsampling of the small
-    frame
+    Interpolator   three noisy latents; condition: the latents of the adjacent key frames
+    Upscaler       a noisy residual in pixels; condition: bicubic upsampling of the small frame
 
 The paper says that they exist, and little more: sizes, inputs and losses are ours. Both begin
 sampling at pure noise and predict v (`tiny.VDiffusion`), since they sample in a few steps. Read

@@ -101,7 +101,7 @@ class Diffusion:
 
     def guided_output(self, model: Callable, z: Tensor, t: Tensor, context: Tensor, uncond: Tensor,
                       fps: Tensor | None, guidance: float) -> Tensor:
-        """Apply classifier-free guidance: uncond + s (cond - uncond), like z (matches SD)."""
+        """Apply classifier-free guidance, uncond + s (cond - uncond) (paper §3; matches SD)."""
         t = t.to(z.device)
         if guidance == 1:
             return model(z, t, context, fps)
@@ -119,7 +119,7 @@ class Diffusion:
 
     def ddim_step(self, z: Tensor, output: Tensor, t: Tensor, t_prev: Tensor, eta: float,
                   noise: Tensor) -> Tensor:
-        """Step z_t -> z_{t_prev} by DDIM (Song et al. 2021, eq. 12; matches SD)."""
+        """Step z_t -> z_{t_prev} by DDIM (paper §3; Song et al. 2021, eq. 12; matches SD)."""
         alpha_bar = self.alpha_bar(t)
         alpha_bar_prev = self.alpha_bar(t_prev)
         z0_hat, eps_hat = self.predict_z0_eps(z, output, t)
@@ -133,7 +133,7 @@ class Diffusion:
 
     def ddpm_step(self, z: Tensor, output: Tensor, t: Tensor, t_prev: Tensor,
                   noise: Tensor) -> Tensor:
-        """Step z_t -> z_{t_prev} by q(z_prev | z_t, z_0_hat) (DDPM, Ho et al.; matches SD)."""
+        """Step z_t -> z_{t_prev} by DDPM, q(z_prev | z_t, z_0_hat) (paper §3; matches SD)."""
         alpha_bar = self.alpha_bar(t)
         alpha_bar_prev = self.alpha_bar(t_prev, after_last=1.0)
         beta = 1 - alpha_bar / alpha_bar_prev  # of the whole stride from t_prev to t

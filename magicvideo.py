@@ -106,7 +106,7 @@ class MagicVideo(nn.Module):
         """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
         Clip i has seed + i, and so is the same alone or in a batch. Without fps the image model
-        draws single frames. Guidance is the model's own unless given.
+        draws single frames. Guidance is by default the model's own.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -158,7 +158,7 @@ class MagicVideo(nn.Module):
             model = cls(config, Tokenizer(merges, config.text.context_length))
             model.load_state_dict(state["weights"])
             model.cascade = dict(state["cascade"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise InputError(f"{path}: made by another version of this code "
                              f"({str(error).splitlines()[0]}); train again") from error
         return model.eval()
@@ -191,13 +191,13 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give a model.pt that train.py wrote")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has many for a damaged file
         raise InputError(f"{path}: not a model.pt of train.py, or cut off; train again") from error
-    if not isinstance(contents, dict) or contents.get("format") != kind:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
         raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume '
                          f"checkpoint.pt")
-    return contents
+    return checkpoint
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -25,13 +25,13 @@ from data import InputError
 # Files
 
 
-def save_checkpoint(path: str | Path, contents: dict) -> None:
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a file whole or not at all: to a temporary name, flushed, renamed. Or InputError."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(contents, temporary)
+        torch.save(checkpoint, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

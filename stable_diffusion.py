@@ -99,26 +99,27 @@ def load_part(module: nn.Module, folder: Path) -> int:
 
     Raises InputError for a weight that is missing, left over or of another shape.
     """
-    given = {}
-    ours = module.state_dict()
+    weights = {}
+    expected = module.state_dict()
     for name, weight in read_weights(folder).items():
         for old, new in OLD_NAMES.items():
             name = name.replace(old, new)
         if folder.name == "text_encoder" and not name.startswith("text_model."):
             name = "text_model." + name  # as transformers 5 writes it
-        if name in ours and weight.shape == (*ours[name].shape, 1, 1):
+        if name in expected and weight.shape == (*expected[name].shape, 1, 1):
             weight = weight[..., 0, 0]  # old VAE attentions are 1x1 convolutions
-        given[name] = weight
-    given.pop("text_model.embeddings.position_ids", None)  # 0 .. 76, in older files
-    missing = [name for name in ours if name not in given and not is_video_parameter(name)]
-    unknown = [name for name in given if name not in ours]
-    shapes = [name for name in given if name in ours and given[name].shape != ours[name].shape]
+        weights[name] = weight
+    weights.pop("text_model.embeddings.position_ids", None)  # 0 .. 76, in older files
+    missing = [name for name in expected if name not in weights and not is_video_parameter(name)]
+    unknown = [name for name in weights if name not in expected]
+    known = weights.keys() & expected.keys()
+    shapes = [name for name in known if weights[name].shape != expected[name].shape]
     if missing or unknown or shapes:
         raise InputError(f"{folder}: {len(missing)} weights missing, {len(unknown)} left over, "
                          f"{len(shapes)} of another shape than its config.json says, "
                          f"{(missing + unknown + shapes)[0]} first; {REMEDY}")
-    module.load_state_dict(given, strict=False)  # what is not given was checked above
-    return sum(weight.numel() for weight in given.values())
+    module.load_state_dict(weights, strict=False)  # what is missing was checked above
+    return sum(weight.numel() for weight in weights.values())
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -144,11 +145,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def read_json(file: Path) -> dict:
     """Read a JSON object; InputError if the file is missing or holds something else."""
     try:
-        contents = json.loads(file.read_bytes())
+        fields = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{file}: there is no such file; {REMEDY}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({error}); get it again") from error
-    if not isinstance(contents, dict):
+    if not isinstance(fields, dict):
         raise InputError(f"{file}: not a JSON object; get it again")
-    return contents
+    return fields

@@ -111,7 +111,7 @@ PRESET_SETTINGS = {
 def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     """Parse the command line -> all flags, and those of them that are settings."""
     parser = argparse.ArgumentParser(
-        description="Trains MagicVideo; without flags vae, image and video, on embedded shapes.")
+        description="Trains MagicVideo; without flags vae, image, video, on embedded shapes.")
     for f in fields(Settings):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -146,10 +146,10 @@ def check(s: Settings) -> None:
 # What a step reads
 
 
-def make_generator(seed: int, stage: str, *place: int) -> torch.Generator:
-    """Make the generator of a place in the run, the same whenever it is asked for."""
+def make_generator(seed: int, stage: str, *position: int) -> torch.Generator:
+    """Make the generator of a position in the run, the same whenever it is asked for."""
     number = seed
-    for part in (ALL_STAGES.index(stage), *place):
+    for part in (ALL_STAGES.index(stage), *position):
         number = (number * 1_000_003 + part + 1) % 2**63
     return torch.Generator().manual_seed(number)
 
@@ -164,11 +164,11 @@ def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str
     shard = slice(rank() * s.accumulate + micro, size, shards)
     items = []
     for n in range(size)[shard]:  # every item once an epoch, each epoch shuffled anew
-        epoch, place = divmod(step * size + n, len(clips))
+        epoch, position = divmod(step * size + n, len(clips))
         order = torch.randperm(len(clips), generator=make_generator(s.seed, stage, 0, epoch))
         if isinstance(clips, ClipDataset):  # not latents
             clips.set_epoch(epoch)
-        items.append(clips[int(order[place])])
+        items.append(clips[int(order[position])])
     generator = make_generator(s.seed, stage, 1, step)
     return items, lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
 
@@ -402,7 +402,7 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
 # A run
 
 
-def resume(out: Path, given: dict) -> tuple[Settings, MagicVideo, dict]:
+def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
     """Read settings, model and checkpoint of the run in `out`. InputError for other settings."""
     if not (out / "checkpoint.pt").is_file():
         raise InputError(f"--resume: no checkpoint.pt in {out}; name a run's folder with --out")
@@ -412,20 +412,20 @@ def resume(out: Path, given: dict) -> tuple[Settings, MagicVideo, dict]:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{out}/checkpoint.pt: made by another version of this code ({error}); "
                          f"start anew with --init-from {out}/model.pt") from error
-    for name, value in given.items():
+    for name, value in overrides.items():
         if value != getattr(s, name):
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started "
                              f"with {getattr(s, name)} and goes on with it; leave the flag out")
     return s, MagicVideo.from_state(resumed.pop("model"), out / "checkpoint.pt"), resumed
 
 
-def start(given: dict) -> tuple[Settings, MagicVideo | None]:
+def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     """Make the settings of a new run, and load the model that it starts from, if any."""
     model = None
-    if path := given.get("init_from"):
-        model = MagicVideo.load(path, frames=given.get("frames") or None)
-        given = {"preset": model.config.preset, **given}
-    s = Settings(**{**PRESET_SETTINGS.get(given.get("preset"), {}), **given})
+    if path := overrides.get("init_from"):
+        model = MagicVideo.load(path, frames=overrides.get("frames") or None)
+        overrides = {"preset": model.config.preset, **overrides}
+    s = Settings(**{**PRESET_SETTINGS.get(overrides.get("preset"), {}), **overrides})
     check(s)
     return s, model
 
@@ -460,20 +460,20 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
 
 def main(arguments: list[str], script: str | None = None) -> None:
     """Read the command line and train; on a CPU by several processes of `script`."""
-    flags, given = read_flags(arguments)
+    flags, overrides = read_flags(arguments)
     torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
     device = pick_device(flags.device)
     if world() > 1 and not flags.out:
         raise InputError("torchrun: add --out FOLDER, so that all processes find it")
-    out = Path(flags.out or new_folder(Path(given.get("data", "shapes")).resolve().name))
+    out = Path(flags.out or new_folder(Path(overrides.get("data", "shapes")).resolve().name))
     has_run = (out / "checkpoint.pt").exists()
     resumed = None
     if flags.resume or has_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        s, model, resumed = resume(out, given)
+        s, model, resumed = resume(out, overrides)
     elif has_run or (out / "model.pt").exists():
         raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
-        s, model = start(given)
+        s, model = start(overrides)
     config = model.config if model else PRESETS[s.preset]
     frames = {"interpolate": cascade.NEW_FRAMES + 2, "upscale": 1}.get(
         s.stage, s.frames or config.unet.frames)
