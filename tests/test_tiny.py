@@ -26,26 +26,12 @@ def oracle(process, z0, seen=None):
     return model
 
 
-# --------------------------------------------------------------------------------------------------
-# Noise
-
-
 def test_the_last_timestep_of_v_diffusion_is_pure_noise_and_the_first_is_sds():
     of_v = VDiffusion().alphas_cumprod
     assert of_v[-1] == 0 and (of_v.diff() < 0).all()
     assert abs(of_v[0] - Diffusion().alphas_cumprod[0]) < 1e-12
     eps = randn(*SHAPE, seed=1)
     assert torch.equal(VDiffusion().add_noise(randn(*SHAPE), eps, torch.full((3,), 999)), eps)
-
-
-def test_v_is_sqrt_alpha_bar_eps_minus_sqrt_one_minus_alpha_bar_z0():
-    z0 = randn(*SHAPE)
-    eps = randn(*SHAPE, seed=1)
-    t = torch.tensor([0, 500, 999])
-    v = VDiffusion().target(z0, eps, t)
-    for i in range(3):
-        alpha_bar = VDiffusion().alphas_cumprod[t[i]]
-        assert close(v[i], alpha_bar.sqrt() * eps[i] - (1 - alpha_bar).sqrt() * z0[i], 1e-12)
 
 
 def test_each_staggered_frame_is_100_timesteps_noisier_than_the_one_before():
@@ -105,10 +91,6 @@ def test_an_oracle_is_followed_from_pure_noise_frame_after_frame(sampler, eta, s
     z, t = seen[-1]
     clean = (t == 0) & (seen[-2][1] == 0)  # some timesteps before the end
     assert torch.equal(z[clean], end[clean]) and clean.any()
-
-
-# --------------------------------------------------------------------------------------------------
-# Weights
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 50), (50, 8), (16, 4, 3, 3), (4, 16, 3, 3)])

@@ -19,6 +19,9 @@ from unet3d import (MASKS, DirectedTemporalAttention, FrameAdaptor, SpatialTrans
 FRAMES = 5
 TINY = dict(channels=(8, 16), attention=(True, False), layers=1, heads=2, groups=4,
             context_width=12, frames=FRAMES)
+# two clips that differ in all that the network is given
+Z, T, TEXT, FPS = CLIPS = (randn(2, FRAMES, 4, 4, 6), torch.tensor([981, 3]),
+                           randn(2, 7, 12, seed=1), torch.tensor([8.0, 24.0]))
 
 
 @pytest.fixture(scope="module")
@@ -26,56 +29,44 @@ def unet():
     return shaken(UNet3D(UNetConfig(**TINY)))
 
 
-@pytest.fixture(scope="module")
-def clips():
-    """z, t, context, fps of two clips that differ in all of them."""
-    t = torch.tensor([981, 3])
-    fps = torch.tensor([8.0, 24.0])
-    return randn(2, FRAMES, 4, 4, 6), t, randn(2, 7, 12, seed=1), fps
-
-
 # --------------------------------------------------------------------------------------------------
 # The image model inside
 
 
 @pytest.mark.parametrize("mask", ["strict", "literal"])
-def test_video_training_starts_from_the_image_model_exactly(clips, mask):
-    z, t, context, fps = clips
+def test_video_training_starts_from_the_image_model_exactly(mask):
     unet = image_started(UNet3D(UNetConfig(**TINY, mask=mask)))
-    assert torch.equal(unet(z, t, context, fps), unet(z, t, context))
+    assert torch.equal(unet(*CLIPS), unet(Z, T, TEXT))
 
 
-def test_without_fps_every_frame_of_any_number_is_an_image_by_itself(unet, clips):
-    _, t, context, _ = clips
+def test_without_fps_every_frame_of_any_number_is_an_image_by_itself(unet):
     z = randn(2, FRAMES + 3, 4, 4, 6)
-    alone = [unet(z[:, i : i + 1], t, context) for i in range(FRAMES + 3)]
-    assert close(unet(z, t, context), torch.cat(alone, 1), 1e-12)
+    alone = [unet(z[:, i : i + 1], T, TEXT) for i in range(FRAMES + 3)]
+    assert close(unet(z, T, TEXT), torch.cat(alone, 1), 1e-12)
 
 
-def test_with_a_timestep_for_each_frame_every_frame_is_the_image_model_at_its_own(clips):
-    z, _, context, fps = clips
+def test_with_a_timestep_for_each_frame_every_frame_is_the_image_model_at_its_own():
     t = torch.tensor([[0, 100, 200, 300, 400], [999, 5, 17, 600, 2]])
     unet = image_started(UNet3D(UNetConfig(**TINY)))
-    alone = [unet(z[:, i : i + 1], t[:, i], context) for i in range(FRAMES)]
-    assert close(unet(z, t, context, fps), torch.cat(alone, 1), 1e-12)
+    alone = [unet(Z[:, i : i + 1], t[:, i], TEXT) for i in range(FRAMES)]
+    assert close(unet(Z, t, TEXT, FPS), torch.cat(alone, 1), 1e-12)
 
 
-def test_the_video_model_uses_every_weight_and_the_image_model_every_image_weight(clips):
-    *image_inputs, fps = clips
-    for inputs in (image_inputs, clips):
+def test_the_video_model_uses_every_weight_and_the_image_model_every_image_weight():
+    for inputs in (CLIPS[:3], CLIPS):
         unet = shaken(UNet3D(UNetConfig(**TINY)))
         unet(*inputs).square().sum().backward()
         for name, p in unet.named_parameters():
-            is_used = inputs is clips or not is_video_parameter(name)
+            is_used = inputs is CLIPS or not is_video_parameter(name)
             assert p.grad.any() if is_used else p.grad is None, name
 
 
-def test_every_clip_of_a_batch_has_its_own_timestep_text_and_fps(unet, clips):
-    alone = [unet(*(x[i : i + 1] for x in clips)) for i in range(2)]
-    assert close(unet(*clips), torch.cat(alone), 1e-12)
+def test_every_clip_of_a_batch_has_its_own_timestep_text_and_fps(unet):
+    alone = [unet(*(x[i : i + 1] for x in CLIPS)) for i in range(2)]
+    assert close(unet(*CLIPS), torch.cat(alone), 1e-12)
     for i in (1, 2, 3):
-        exchanged = [x.flip(0) if i == j else x for j, x in enumerate(clips)]
-        assert (unet(*exchanged) != unet(*clips)).all()
+        exchanged = [x.flip(0) if i == j else x for j, x in enumerate(CLIPS)]
+        assert (unet(*exchanged) != unet(*CLIPS)).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,17 +77,15 @@ def test_an_adaptor_is_one_scale_and_one_shift_per_frame_and_channel():
     adaptor = shaken(FrameAdaptor(3, 2))
     assert adaptor.scale.shape == adaptor.shift.shape == (3, 2)
     z = randn(2, 3, 2, 4, 5)
-    tokens = randn(2, 3, 6, 2)
-    for i in range(3):
-        for c in range(2):
-            scale = adaptor.scale[i, c]
-            shift = adaptor.shift[i, c]
-            assert close(adaptor(z)[:, i, c], scale * z[:, i, c] + shift, 1e-12)
-            assert close(adaptor(tokens)[:, i, :, c], scale * tokens[:, i, :, c] + shift, 1e-12)
+    tokens = z.flatten(3).transpose(2, 3)  # (b, f, n, c)
+    for i, c in ((0, 0), (1, 1), (2, 0)):
+        expected = adaptor.scale[i, c] * z[:, i, c] + adaptor.shift[i, c]
+        assert close(adaptor(z)[:, i, c], expected, 1e-12)
+        assert close(adaptor(tokens)[:, i, :, c], expected.flatten(1), 1e-12)
 
 
 def test_every_3x3_convolution_and_self_attention_hands_its_output_to_an_adaptor_of_its_own(
-        unet, clips):
+        unet):
     makers = [module for module in unet.modules()
               if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
     makers += [module.attn1 for module in unet.modules() if isinstance(module, TransformerBlock)]
@@ -106,7 +95,7 @@ def test_every_3x3_convolution_and_self_attention_hands_its_output_to_an_adaptor
              for module in makers]
     hooks += [module.register_forward_pre_hook(lambda m, z: calls.append((m, z[0].data_ptr())))
               for module in readers]
-    unet(*clips)
+    unet(*CLIPS)
     for hook in hooks:
         hook.remove()
     assert [place for _, place in calls[0::2]] == [place for _, place in calls[1::2]]
@@ -115,20 +104,19 @@ def test_every_3x3_convolution_and_self_attention_hands_its_output_to_an_adaptor
     assert len(calls) == 2 * len(makers) == 2 * len(readers)
 
 
-def test_another_number_of_frames_than_trained_is_refused_with_both_numbers(unet, clips):
-    z, t, context, fps = clips
+def test_another_number_of_frames_than_trained_is_refused_with_both_numbers(unet):
     with pytest.raises(ValueError, match=f"^3 frames.*of {FRAMES} frames"):
-        unet(z[:, :3], t, context, fps)
+        unet(Z[:, :3], T, TEXT, FPS)
 
 
-def test_under_autocast_adaptors_keep_activations_bfloat16(clips):
+def test_under_autocast_adaptors_keep_activations_bfloat16():
     unet = UNet3D(UNetConfig(**TINY))
     types = []
     for module in unet.modules():
         if isinstance(module, FrameAdaptor):
             module.register_forward_hook(lambda _, z, out: types.append((z[0].dtype, out.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
-        unet(*(x.float() for x in clips))
+        unet(*(x.float() for x in CLIPS))
     assert types == [(torch.bfloat16, torch.bfloat16)] * len(types) and len(types) > 10
 
 
@@ -183,16 +171,16 @@ def test_temporal_attention_is_the_formula_written_out(temporal):
 
 
 def test_spatial_and_temporal_attention_read_the_same_tensor_and_their_outputs_are_summed(
-        unet, clips):
+        unet):
     kinds = (SpatialTransformer, DirectedTemporalAttention)
     calls = []  # (kind, the tensor it read, the tensor it wrote)
     hooks = [module.register_forward_hook(lambda m, z, out: calls.append((type(m), z[0], out)))
              for module in unet.modules() if isinstance(module, kinds)]
-    unet(*clips)
+    unet(*CLIPS)
     pairs = [*zip(calls[0::2], calls[1::2])]
     calls.clear()
     z = randn(2, FRAMES, 16, 2, 3)
-    summed = unet.mid_block.layer(0, z, randn(2, 1, 32), clips[2], video=True)
+    summed = unet.mid_block.layer(0, z, randn(2, 1, 32), TEXT, video=True)
     for hook in hooks:
         hook.remove()
     assert len(pairs) == 4  # one ST block down, one in the middle, two up
@@ -248,33 +236,23 @@ def test_more_sequences_than_a_fused_kernel_takes_are_split_without_a_difference
 
 
 @pytest.mark.parametrize("frame", range(FRAMES))
-def test_with_strict_masks_the_whole_network_is_causal_bit_for_bit(unet, clips, frame):
-    z, t, context, fps = clips
-    before = unet(z, t, context, fps)
-    after = unet(changed(z, frame), t, context, fps)
+def test_with_strict_masks_the_whole_network_is_causal_bit_for_bit(unet, frame):
+    before = unet(*CLIPS)
+    after = unet(changed(Z, frame), T, TEXT, FPS)
     assert torch.equal(before[:, :frame], after[:, :frame])
     assert (before[:, frame:] != after[:, frame:]).all()
 
 
-def test_fps_has_an_effect_and_zeroing_the_last_layer_removes_it(clips):
-    z, t, context, fps = clips
+def test_fps_has_an_effect_and_zeroing_the_last_layer_removes_it():
     unet = shaken(UNet3D(UNetConfig(**TINY)))
-    assert (unet(z, t, context, fps) != unet(z, t, context, fps + 1)).all()
+    assert (unet(*CLIPS) != unet(Z, T, TEXT, FPS + 1)).all()
     nn.init.zeros_(unet.fps_embedding.linear_2.weight)
     nn.init.zeros_(unet.fps_embedding.linear_2.bias)
-    assert torch.equal(unet(z, t, context, fps), unet(z, t, context, 3 * fps))
+    assert torch.equal(unet(*CLIPS), unet(Z, T, TEXT, 3 * FPS))
 
 
 # --------------------------------------------------------------------------------------------------
 # Stable Diffusion's weights
-
-
-LAYOUTS = {
-    "sd": dict(channels=(8, 16, 24, 24), attention=(True, True, True, False), layers=2, heads=8,
-               groups=4, context_width=20, frames=3),
-    "interpolation": dict(channels=(8, 16), attention=(True, True), layers=1, heads=4, groups=8,
-                          context_width=8, frames=3, in_channels=12),
-}
 
 
 def diffusers_unet(config):
@@ -289,20 +267,19 @@ def diffusers_unet(config):
         cross_attention_dim=config.context_width)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights(layout):
-    config = UNetConfig(**LAYOUTS[layout])
+def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights():
+    config = UNetConfig(channels=(8, 16, 24, 24), attention=(True, True, True, False), layers=2,
+                        heads=8, groups=4, context_width=20, frames=3)
     theirs = shaken(diffusers_unet(config))
     ours = image_started(UNet3D(config), seed=1)
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not unexpected and {*missing} == {*filter(is_video_parameter, ours.state_dict())}
 
-    z = randn(2, config.frames, config.in_channels, 8, 16)
-    context = randn(2, 7, config.context_width)
-    t = torch.tensor([981, 1])
-    images = torch.stack([theirs(z[:, i], t, context).sample for i in range(config.frames)], 1)
-    assert close(ours(z, t, context), images, 1e-9)
-    assert close(ours(z, t, context, torch.tensor([8.0, 24.0])), images, 1e-9)
+    z = randn(2, 3, 4, 8, 16)
+    context = randn(2, 7, 20)
+    images = torch.stack([theirs(z[:, i], T, context).sample for i in range(3)], 1)
+    assert close(ours(z, T, context), images, 1e-9)
+    assert close(ours(z, T, context, FPS), images, 1e-9)
 
 
 def test_at_full_size_16_places_are_temporal_68_adapted_and_the_image_parts_are_sds():

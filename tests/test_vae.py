@@ -73,10 +73,6 @@ def test_frames_that_cannot_be_halved_are_refused_with_their_size(size):
         vae.encode(torch.zeros(1, 2, 3, *size))
 
 
-# --------------------------------------------------------------------------------------------------
-# Stable Diffusion's weights
-
-
 def diffusers_vae(config):
     diffusers = pytest.importorskip("diffusers", reason="nothing to compare with: no diffusers")
     levels = len(config.channels)
