@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
@@ -48,43 +47,17 @@ def new_folder(name: str) -> Path:
     return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
 
 
-BINS = 4  # of the timestep: t in [0, 250), [250, 500), [500, 750), [750, 1000)
-COLUMNS = ("stage", "step", "loss", "held_out_loss", "learning_rate", "seconds",
-           *(f"loss_bin_{i}" for i in range(BINS)))
-
-
-def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, str]:
-    """Average errors (b,) by their timesteps t (b,): at high t the loss is about the caption."""
-    if t is None:
-        return {}
-    errors = [errors[(t * BINS // num_steps).to(errors.device) == i] for i in range(BINS)]
-    return {f"loss_bin_{i}": f"{e.mean():.6f}" for i, e in enumerate(errors) if len(e)}
-
-
-def append_log(path: Path, row: dict) -> None:
-    """Add a row to log.csv."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def plot_losses(log: Path, picture: Path) -> None:
     """Draw log.csv, a column for each stage; without matplotlib nothing is drawn."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(log.read_text().splitlines()))
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
-    names = [f"loss_bin_{i}" for i in range(BINS)] + ["loss", "held_out_loss"]
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
-        for name in names:
+        for name in [name for name in rows[0] if "loss" in name]:
             points = [(int(row["step"]), float(row[name])) for row in rows
                       if row["stage"] == stage and row[name]]
             width = len(points) // 100 + 1  # single steps are noisy: means of neighbours
@@ -94,7 +67,7 @@ def plot_losses(log: Path, picture: Path) -> None:
                 axes.plot(*zip(*means), label=name)
         axes.set(title=f"stage {stage}", xlabel="step", yscale="log")
         axes.legend()
-    FigureCanvasAgg(figure).print_png(picture)
+    figure.savefig(picture)
 
 
 @contextmanager
@@ -112,16 +85,6 @@ def stop_signals():
 
 # --------------------------------------------------------------------------------------------------
 # Processes
-
-
-def rank() -> int:
-    """Return which of the processes this is, 0 where it is the only one."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """Return how many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_ranks(count: int, arguments: list[str]) -> list[subprocess.Popen]:
@@ -145,7 +108,7 @@ def join_ranks(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if world() > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, number, count = next(rendezvous("env://"))
         # torchrun keeps one store for all its restarts: without a prefix ranks would connect to the
         # addresses of processes that are dead

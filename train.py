@@ -12,6 +12,7 @@ on as if it had never stopped, and several processes train as one does.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -38,8 +39,7 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, InputError, open_data
 from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
-from runs import (append_log, join_ranks, loss_by_timestep_bin, new_folder, plot_losses,
-                  rank, save_checkpoint, start_ranks, stop_signals, world)
+from runs import join_ranks, new_folder, plot_losses, save_checkpoint, start_ranks, stop_signals
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
@@ -144,6 +144,16 @@ def check(s: Settings) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # What a step reads
+
+
+def rank() -> int:
+    """Return which of the processes this is, 0 where it is the only one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def make_generator(seed: int, stage: str, *position: int) -> torch.Generator:
@@ -346,6 +356,29 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
                 raise KeyboardInterrupt
     ema.copy_to_weights()
     hand_over(model, network, stage, clips)
+
+
+BINS = 4  # of the timestep: t in [0, 250), [250, 500), [500, 750), [750, 1000)
+COLUMNS = ("stage", "step", "loss", "held_out_loss", "learning_rate", "seconds",
+           *(f"loss_bin_{i}" for i in range(BINS)))
+
+
+def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, str]:
+    """Average errors (b,) by their timesteps t (b,): at high t the loss is about the caption."""
+    if t is None:
+        return {}
+    errors = [errors[(t * BINS // num_steps).to(errors.device) == i] for i in range(BINS)]
+    return {f"loss_bin_{i}": f"{e.mean():.6f}" for i, e in enumerate(errors) if len(e)}
+
+
+def append_log(path: Path, row: dict) -> None:
+    """Add a row to log.csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:

@@ -455,7 +455,7 @@ def run_ranks(out, count, *flags, kill_rank=None):
         "import train, runs\n"
         "from test_train import PRESETS, TINIER, MagicVideoConfig\n"
         "PRESETS['tiny'] = MagicVideoConfig(**TINIER)\n"
-        f"if runs.rank() == {kill_rank}:\n"
+        f"if train.rank() == {kill_rank}:\n"
         "    loss = train.StageLoss.forward\n"
         "    train.StageLoss.forward = lambda self, *a: (\n"
         "        os._exit(9) if self.stage == 'image' else loss(self, *a))\n"
@@ -463,7 +463,7 @@ def run_ranks(out, count, *flags, kill_rank=None):
         "try:\n"
         "    train.main(sys.argv[1:], __file__)\n"
         "except train.InputError as error:\n"
-        "    if runs.rank() == 0:\n"
+        "    if train.rank() == 0:\n"
         "        print(error, file=sys.stderr)\n"
         "    sys.exit(2)\n")
     Path("ranks.py").write_text(script)
