@@ -23,8 +23,7 @@ from vae import VAEConfig, VideoVAE
 
 def same(found, expected, says: str, within: float = 1e-9) -> None:
     """Fail with what should have been so, and how far it is from it."""
-    assert found.shape == expected.shape, (
-        f"{says}: the shape is {tuple(found.shape)}, not {tuple(expected.shape)}")
+    assert found.shape == expected.shape, f"{says}: {found.shape}, not {expected.shape}"
     assert found.isfinite().all(), f"{says}: there are values that are no finite numbers"
     off = (found.double() - expected.double()).abs().max().item()
     assert off <= within, f"{says}: off by as much as {off:.3g}"
@@ -77,7 +76,6 @@ def test_exercise_02_a_caption_stands_between_start_and_end(tokenizer, caption, 
 # 3: noise
 
 DIFFUSION = Diffusion()
-ALPHA_BAR = DIFFUSION.alphas_cumprod.tolist()
 
 
 def latents(*seeds: int, shape=(2, 3, 4, 2, 2)) -> list[torch.Tensor]:
@@ -85,73 +83,56 @@ def latents(*seeds: int, shape=(2, 3, 4, 2, 2)) -> list[torch.Tensor]:
     return [randn(*shape, seed=seed) for seed in seeds]
 
 
-def noisy(z0, eps, t: int, diffusion=DIFFUSION) -> torch.Tensor:
+def at(*t: int) -> torch.Tensor:
+    """The timestep of both clips, (b,), or those of their three frames, (b, f)."""
+    return torch.tensor([t] * 2).squeeze(1)
+
+
+def noisy(z0, eps, t, diffusion=DIFFUSION) -> torch.Tensor:
     """z_t by hand."""
-    alpha_bar = diffusion.alphas_cumprod[t]
+    alpha_bar = diffusion.alpha_bar(t)
     return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * eps
 
 
-def of_clips(t: int) -> torch.Tensor:
-    """t (b,) of both clips."""
-    return torch.full((2,), t)
-
-
-@pytest.mark.parametrize("t", [0, 1, 499, 998, 999])
+@pytest.mark.parametrize("t", [at(0), at(1), at(499), at(999), torch.tensor([10, 900]),
+                               at(1, 50, 900)])
 def test_exercise_03_noise_is_that_of_its_step(t):
-    z0, eps = latents(0, 1, shape=(2, 8, 4, 16, 16))
-    found = DIFFUSION.add_noise(z0, eps, of_clips(t))
-    same(found, noisy(z0, eps, t),
-         f"z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps at t = {t}")
-    same(found.var(), torch.ones(()), f"N(0, 1) and noise of N(0, 1) make N(0, 1) at t = {t}", 0.05)
-
-
-def test_exercise_03_each_clip_has_its_own_step_and_each_frame_can_have_one():
     z0, eps = latents(0, 1)
-    found = DIFFUSION.add_noise(z0, eps, torch.tensor([10, 900]))
-    for i, t in enumerate((10, 900)):
-        same(found[i], noisy(z0, eps, t)[i], f"clip {i} of a batch has step {t} of t (b,)")
-    found = DIFFUSION.add_noise(z0, eps, torch.tensor([[1, 50, 900]] * 2))
-    for i, t in enumerate((1, 50, 900)):
-        same(found[:, i], noisy(z0, eps, t)[:, i], f"frame {i} has step {t} of t (b, f)")
-    found = DIFFUSION.add_noise(z0.float(), eps.float(), of_clips(9)).dtype
-    assert found == torch.float32, f"factors are cast to the type of z0: float32 became {found}"
+    same(DIFFUSION.add_noise(z0, eps, t), noisy(z0, eps, t),
+         f"z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps at t = {t.tolist()}")
+
+
+def test_exercise_03_latents_keep_their_variance_and_their_type():
+    z0, eps = latents(0, 1, shape=(2, 3, 4, 32, 32))
+    found = DIFFUSION.add_noise(z0.float(), eps.float(), at(400))
+    assert found.dtype == torch.float32, f"factors are cast to z0's type: not {found.dtype}"
+    same(found.var(), torch.ones(()), "N(0, 1) and noise of N(0, 1) make N(0, 1)", 0.05)
 
 
 # --------------------------------------------------------------------------------------------------
 # 4: the adaptor
 
 
-def adaptor() -> FrameAdaptor:
-    """An adaptor of 3 frames and 3 channels, so that a wrong axis has the right shape."""
-    module = FrameAdaptor(3, 3).double()
-    module.scale.data = 1 + randn(3, 3)
-    module.shift.data = randn(3, 3, seed=1)
-    return module
-
-
-def test_exercise_04_is_the_identity_with_scale_one_and_shift_zero():
-    z = randn(2, 3, 3, 4, 4)
-    same(FrameAdaptor(3, 3).double()(z), z,
-         "with S = 1 and B = 0 the image model stays itself (§3.2.1)", 0)
-
-
+# frames and channels are three each, so that a wrong axis has the right shape
 @pytest.mark.parametrize("shape, channels", [((2, 3, 3, 3, 3), (-1, 1, 1)), ((2, 3, 3, 3), (-1,))])
 def test_exercise_04_every_frame_has_its_own_scale_and_shift_for_each_channel(shape, channels):
-    module = adaptor()
+    adaptor = FrameAdaptor(3, 3).double()
     z = randn(*shape)
-    found = module(z)
+    same(adaptor(z), z, "with S = 1 and B = 0 the image model stays itself (§3.2.1)", 0)
+    adaptor.scale.data = 1 + randn(3, 3)
+    adaptor.shift.data = randn(3, 3, seed=1)
     for i in range(3):
-        scale = module.scale[i].view(channels)
-        shift = module.shift[i].view(channels)
-        same(found[:, i], scale * z[:, i] + shift, f"z_i = S_i z_i + B_i (§3.2.1), frame {i} of "
-             f"{'(b, f, c, h, w)' if len(shape) == 5 else 'tokens (b, f, n, c)'}")
+        scale = adaptor.scale[i].view(channels)
+        shift = adaptor.shift[i].view(channels)
+        same(adaptor(z)[:, i], scale * z[:, i] + shift, f"z_i = S_i z_i + B_i (§3.2.1), frame {i} "
+             f"of {'(b, f, c, h, w)' if len(shape) == 5 else 'tokens (b, f, n, c)'}")
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_exercise_04_refuses_another_number_of_frames(frames):
     with pytest.raises(ValueError):
-        adaptor()(randn(1, frames, 3, 4, 4))
-        pytest.fail(f"{frames} frames were taken by an adaptor of 3")
+        FrameAdaptor(3, 3)(torch.zeros(1, frames, 3, 4, 4))
+        pytest.fail(f"{frames} frames were taken by an adaptor of 3, one scale and shift for each")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,8 +171,6 @@ def test_exercise_05_no_frame_reads_a_later_one(mask):
     off = (unet3d.directed_attention(q, k, v, mask) - before).abs().amax((0, 1, 3))
     assert (off[:3] == 0).all(), f'"{mask}": an earlier frame changes with frame 3'
     assert (off[3:] > 0).all(), f'"{mask}": frames 3 and 4 do not read frame 3: rows are queries'
-    same(by_hand(q, k, v, mask)[:, :, 0], unet3d.directed_attention(q, k, v, mask)[:, :, 0],
-         f'"{mask}": the diagonal is kept, frame 1 reads itself')
 
 
 @pytest.fixture
@@ -254,70 +233,53 @@ def test_exercise_07_is_cosines_then_sines_of_falling_frequencies(dtype):
 
 
 @pytest.mark.parametrize("diffusion, t, t_prev, says", [
-    (DIFFUSION, 999, 500, "exactly (DDIM, eq. 12)"),
-    (DIFFUSION, 100, 0, "exactly (DDIM, eq. 12)"),
-    (DIFFUSION, 1, -1, "the last step, with alpha_bar_0 for alpha_bar of -1 (matches SD)"),
-    (VDiffusion(), 600, 400, "of a network that predicts v: z_0 and eps are predict_z0_eps's"),
+    (DIFFUSION, at(999), at(500), "exactly (DDIM, eq. 12)"),
+    (DIFFUSION, at(1), at(-1), "the last step, with alpha_bar_0 for alpha_bar of -1 (matches SD)"),
+    (DIFFUSION, at(999, 500, 100), at(500, 100, 0), "each frame from its own step to its own"),
+    (VDiffusion(), at(600), at(400), "of a network that predicts v: as predict_z0_eps has it"),
 ])
 def test_exercise_08_the_true_output_leads_to_less_noisy_latents(diffusion, t, t_prev, says):
     z0, eps, noise = latents(0, 1, 2)
-    output = diffusion.target(z0, eps, of_clips(t))
-    found = diffusion.ddim_step(noisy(z0, eps, t, diffusion), output, of_clips(t), of_clips(t_prev),
-                                0.0, noise)
-    same(found, noisy(z0, eps, max(t_prev, 0), diffusion),
-         f"eta 0 and the true output: z_{t} -> z_{t_prev} {says}", 1e-6)
+    z = noisy(z0, eps, t, diffusion)
+    found = diffusion.ddim_step(z, diffusion.target(z0, eps, t), t, t_prev, 0.0, noise)
+    same(found, noisy(z0, eps, t_prev, diffusion),
+         f"eta 0 and the true output: z_t -> z_t_prev {says}", 1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_exercise_08_new_noise_replaces_old(eta):
     z0, eps, noise = latents(0, 1, 2)
-    a, a_prev = ALPHA_BAR[600], ALPHA_BAR[400]
-    sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-    expected = math.sqrt(a_prev) * z0 + math.sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
-    found = DIFFUSION.ddim_step(noisy(z0, eps, 600), eps, of_clips(600), of_clips(400), eta, noise)
-    same(found, expected,
+    z = noisy(z0, eps, at(600))
+    a = DIFFUSION.alpha_bar(at(600))
+    a_prev = DIFFUSION.alpha_bar(at(400))
+    variance = eta**2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
+    expected = a_prev.sqrt() * z0 + (1 - a_prev - variance).sqrt() * eps + variance.sqrt() * noise
+    same(DIFFUSION.ddim_step(z, eps, at(600), at(400), eta, noise), expected,
          f"sigma^2 = eta^2 (1 - a_prev) / (1 - a) (1 - a / a_prev), eta {eta}", 1e-6)
+    found = DIFFUSION.ddim_step(z.float(), eps.float(), at(600), at(400), eta, noise.float()).dtype
+    assert found == torch.float32, f"factors are cast to z's type: not {found}"
 
 
-@pytest.mark.parametrize("t, t_prev", [(999, 979), (600, 400), (20, 0), (19, -1)])
+@pytest.mark.parametrize("t, t_prev", [(at(999), at(979)), (at(600), at(400)), (at(19), at(-1)),
+                                       (at(999, 600, 19), at(979, 400, -1))])
 def test_exercise_09_draws_from_the_posterior(t, t_prev):
     z0, eps, noise = latents(0, 1, 2)
     z = noisy(z0, eps, t)
-    a = ALPHA_BAR[t]
-    a_prev = 1 if t_prev < 0 else ALPHA_BAR[t_prev]
+    a = DIFFUSION.alpha_bar(t)
+    a_prev = DIFFUSION.alpha_bar(t_prev, after_last=1.0)
     beta = 1 - a / a_prev
-    mean = math.sqrt(a_prev) * beta * z0 + math.sqrt(1 - beta) * (1 - a_prev) * z
-    found = DIFFUSION.ddpm_step(z, eps, of_clips(t), of_clips(t_prev), 0 * noise)
-    same(found, mean / (1 - a), f"the mean of q(z_{t_prev} | z_{t}, z_0) (DDPM, eq. 7), with "
-         f"alpha_bar 1 after the last step", 1e-6)
-    sigma = math.sqrt((1 - a_prev) / (1 - a) * beta)
-    same(DIFFUSION.ddpm_step(z, eps, of_clips(t), of_clips(t_prev), noise) - found, sigma * noise,
+    mean = (a_prev.sqrt() * beta * z0 + (1 - beta).sqrt() * (1 - a_prev) * z) / (1 - a)
+    found = DIFFUSION.ddpm_step(z, eps, t, t_prev, 0 * noise)
+    same(found, mean, f"the mean of q(z_t_prev | z_t, z_0) (DDPM, eq. 7) from t = {t[0].tolist()} "
+         f"to {t_prev[0].tolist()}, alpha_bar of -1 is 1", 1e-6)
+    same(DIFFUSION.ddpm_step(z, eps, t, t_prev, noise) - found,
+         ((1 - a_prev) / (1 - a) * beta).sqrt() * noise,
          "the noise has the posterior's standard deviation, the root of its variance", 1e-6)
+    found = DIFFUSION.ddpm_step(z.float(), eps.float(), t, t_prev, noise.float()).dtype
+    assert found == torch.float32, f"factors are cast to z's type: not {found}"
 
 
-def each_frame_has_its_own_step(step) -> None:
-    """Compare a step of frames at three t with three steps of clips at one, in two types."""
-    z, output, noise = latents(0, 1, 2)
-    pairs = [(999, 979), (600, 400), (20, -1)]
-    t, t_prev = torch.tensor([pairs] * 2).unbind(-1)  # (b, f)
-    found = step(z, output, t, t_prev, noise)
-    for i, pair in enumerate(pairs):
-        alone = step(z, output, of_clips(pair[0]), of_clips(pair[1]), noise)
-        same(found[:, i], alone[:, i], f"frame {i} goes from {pair[0]} to {pair[1]}, t (b, f)")
-    found = step(z.float(), output.float(), t, t_prev, noise.float()).dtype
-    assert found == torch.float32, f"factors are cast to the type of z: float32 became {found}"
-
-
-def test_exercise_08_each_frame_can_have_its_own_step():
-    each_frame_has_its_own_step(lambda z, output, t, t_prev, noise: DIFFUSION.ddim_step(
-        z, output, t, t_prev, 0.5, noise))
-
-
-def test_exercise_09_each_frame_can_have_its_own_step():
-    each_frame_has_its_own_step(DIFFUSION.ddpm_step)
-
-
-def guidance(scale: float, t=of_clips(500), fps=torch.ones(2)) -> tuple:
+def guidance(scale: float, t=at(500), fps=torch.ones(2)) -> tuple:
     """Guide a network that adds its text to z: what comes out, z, and the calls of the network."""
     calls = []
 
@@ -335,14 +297,13 @@ def test_exercise_10_goes_beyond_the_text_away_from_no_text(scale):
     same(found, z + scale, f"uncond + s (cond - uncond), guidance {scale} (text adds 1, no text 0)")
 
 
-@pytest.mark.parametrize("t", [of_clips(500), torch.tensor([[10, 20, 30], [40, 50, 60]])])
+@pytest.mark.parametrize("t", [at(500), at(10, 20, 30)])
 def test_exercise_10_both_halves_are_one_call(t):
     _, z, calls = guidance(7.5, t)
     assert len(calls) == 1, f"both halves are one batch: the network was called {len(calls)} times"
     same(calls[0][0], torch.cat([z, z]), "the batch holds z twice", 0)
     same(calls[0][1], torch.cat([t, t]), "t is doubled as z is", 0)
-    assert calls[0][3] is not None, "fps were given and did not reach the network"
-    same(calls[0][3], torch.ones(4), "fps are doubled as z is", 0)
+    assert calls[0][3] is not None and len(calls[0][3]) == 4, "fps are doubled as z is"
 
 
 def test_exercise_10_guidance_1_is_the_network_with_its_text_once():
@@ -444,23 +405,22 @@ def test_exercise_13_warms_up_to_its_decay_and_keeps_it(decay):
         average.update()
         left *= min(decay, (1 + n) / (10 + n))
         same(average.shadow[0], torch.tensor([1 - left]),
-             f"decay {decay} is (1 + n) / (10 + n) at first, here after step {n}: without it the "
-             f"average of a short run is the noise it began with", 1e-6)
+             f"decay {decay} is (1 + n) / (10 + n) at first, to forget the start: step {n}", 1e-6)
     assert average.count == 30, f"30 steps were taken, counted are {average.count}"
 
 
 def test_exercise_13_moves_averages_in_place_and_weights_not_at_all():
-    p, q = (nn.Parameter(randn(3, seed=seed)) for seed in range(2))
-    average = EMA([p, q], 0.9)
+    weights = [nn.Parameter(randn(3, seed=seed)) for seed in range(2)]
+    average = EMA(weights, 0.9)
     kept = list(average.shadow)
-    before = [p.detach().clone(), q.detach().clone()]
-    p.data += 1
+    weights[1].data += 1
     average.update()
-    assert all(a is b for a, b in zip(kept, average.shadow)), "averages are moved in place"
-    assert not any(a.requires_grad for a in average.shadow), "averages must not keep a graph"
-    same(p.detach(), before[0] + 1, "weights stay what they are", 0)
-    same(average.shadow[1], before[1], "an average whose weight stands still stands still")
-    assert (average.shadow[0] != before[0]).all(), "the average of a moved weight did not move"
+    for i in range(2):
+        assert average.shadow[i] is kept[i], "averages are moved in place"
+        assert not kept[i].requires_grad, "averages must not keep the graph of the step"
+        same(weights[i].detach(), randn(3, seed=i) + i, "weights stay what they are", 0)
+    same(kept[0], randn(3), "an average whose weight stands still stands still")
+    assert (kept[1] != randn(3, seed=1)).all(), "the average of a weight that moved did not move"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""Well-known mistakes of other implementations, planted one by one: each must break parity.
+"""Well-known mistakes, planted one by one in the place of what is right: each must break parity.
 
-Parity is that of tiny models with diffusers and transformers, given the same random weights, in
-float64. A mistake is a function, a method or a constructor in the place of the right one.
+Parity is that of tiny models with diffusers' and transformers', of the same weights, in float64.
 """
 
+from functools import reduce
 from types import SimpleNamespace
 
 import pytest
@@ -119,8 +119,10 @@ def built(owner: type, change) -> tuple:
     return around(owner, "__init__", wrong)
 
 
-def eps(owner: type, norm: str, value: float) -> tuple:
-    return built(owner, lambda module: setattr(getattr(module, norm), "eps", value))
+def setting(owner: type, path: str, value) -> tuple:
+    """Change an attribute of every object of a class, or of a part of it."""
+    *parts, name = path.split(".")
+    return built(owner, lambda self: setattr(reduce(getattr, parts, self), name, value))
 
 
 def output(owner: type, layer: str, change) -> tuple:
@@ -145,13 +147,12 @@ attend = F.scaled_dot_product_attention
 LINEAR = (1 - torch.linspace(0.00085, 0.012, 1000)).cumprod(0).double()
 MISTAKES = {
     unet: {
-        "resnet norm 1, eps 1e-6": eps(unet3d.ResnetBlock, "norm1", 1e-6),
-        "resnet norm 2, eps 1e-6": eps(unet3d.ResnetBlock, "norm2", 1e-6),
-        "output norm, eps 1e-6": eps(UNet3D, "conv_norm_out", 1e-6),
-        "transformer norm, eps 1e-5": eps(unet3d.SpatialTransformer, "norm", 1e-5),
-        "layer norms, eps 1e-6": eps(unet3d.TransformerBlock, "norm2", 1e-6),
-        "sines before cosines": around(
-            unet3d, "sinusoid", lambda right, x, width: right(x, width).roll(width // 2, -1)),
+        "resnet norm 1, eps 1e-6": setting(unet3d.ResnetBlock, "norm1.eps", 1e-6),
+        "resnet norm 2, eps 1e-6": setting(unet3d.ResnetBlock, "norm2.eps", 1e-6),
+        "output norm, eps 1e-6": setting(UNet3D, "conv_norm_out.eps", 1e-6),
+        "transformer norm, eps 1e-5": setting(unet3d.SpatialTransformer, "norm.eps", 1e-5),
+        "layer norms, eps 1e-6": setting(unet3d.TransformerBlock, "norm2.eps", 1e-6),
+        "sines first": around(unet3d, "sinusoid", lambda f, x, w: f(x, w).roll(w // 2, -1)),
         "sinusoid divided by half - 1": around(unet3d, "sinusoid", divided_by_half_minus_one),
         "no SiLU in the time path": instead(  # there emb has three axes, images have four
             unet3d, "silu", lambda x: x if x.ndim == 3 else F.silu(x)),
@@ -159,48 +160,42 @@ MISTAKES = {
         "GEGLU's halves swapped": output(
             unet3d.GEGLU, "proj", lambda x, out: out.roll(out.shape[-1] // 2, -1)),
         "tanh GELU": instead(unet3d, "gelu", lambda x: F.gelu(x, approximate="tanh")),
-        "half as many heads": built(unet3d.Attention, lambda module: setattr(module, "heads", 1)),
+        "half as many heads": setting(unet3d.Attention, "heads", 1),
         "attention scaled by the whole width": instead(
             unet3d, attend.__name__, lambda q, k, v: attend(q, k, v, scale=8**-0.5)),
-        "linear projections": built(
-            unet3d.SpatialTransformer, lambda module: setattr(module, "proj_in", nn.Linear(8, 8))),
+        "linear projections": setting(unet3d.SpatialTransformer, "proj_in", nn.Linear(8, 8)),
         "bilinear upsampling": instead(
             unet3d, "interpolate", lambda x, **_: F.interpolate(x, None, 2, mode="bilinear")),
-        "downsampling padded right and bottom": (unet3d.Downsample, "forward", lambda self, x: (
+        "padded right and bottom": (unet3d.Downsample, "forward", lambda self, x: (
             F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2))),
     },
     video_vae: {
-        "resnet norms, eps 1e-5": eps(vae.ResnetBlock, "norm1", 1e-5),
-        "attention norm, eps 1e-5": eps(vae.Attention, "group_norm", 1e-5),
-        "output norms, eps 1e-5": eps(vae.Decoder, "conv_norm_out", 1e-5),
-        "downsampling padded left and top": instead(
-            vae, "pad", lambda x, sides: F.pad(x, (1, 0, 1, 0))),
+        "resnet norms, eps 1e-5": setting(vae.ResnetBlock, "norm1.eps", 1e-5),
+        "attention norm, eps 1e-5": setting(vae.Attention, "group_norm.eps", 1e-5),
+        "output norms, eps 1e-5": setting(vae.Decoder, "conv_norm_out.eps", 1e-5),
+        "padded left and top": instead(vae, "pad", lambda x, sides: F.pad(x, (1, 0, 1, 0))),
         "attention's residual added twice": output(vae.Attention, "", torch.add),
-        "attention without biases": built(
-            vae.Attention, lambda module: setattr(module.to_q, "bias", None)),
+        "attention without biases": setting(vae.Attention, "to_q.bias", None),
         "logvar not clamped": around(  # diffusers calls torch.clamp
-            torch.Tensor, "clamp", lambda right, x, *bounds: x),
+            torch.Tensor, "clamp", lambda f, x, *bounds: x),
         "latents scaled before sampling": around(
-            vae.VideoVAE, "sample_latents", lambda right, self, mean, logvar, noise: right(
-                self, mean, logvar, noise / self.config.scaling_factor)),
+            vae.VideoVAE, "sample_latents", lambda f, *args: f(*args[:3], args[3] / 0.18215)),
     },
     text: {
-        "layer norms, eps 1e-6": eps(clip_text.CLIPTextLayer, "layer_norm1", 1e-6),
+        "layer norms, eps 1e-6": setting(clip_text.CLIPTextLayer, "layer_norm1.eps", 1e-6),
         "exact GELU": (clip_text.MLP, "forward", lambda self, x: self.fc2(F.gelu(self.fc1(x)))),
         "no mask": instead(clip_text, attend.__name__, lambda q, k, v, **_: attend(q, k, v)),
         "no last norm": output(CLIPTextEncoder, "text_model.final_layer_norm", lambda x, out: x),
-        "padding with 0": around(Tokenizer, "__call__", lambda right, self, captions: (
-            right(self, captions) * (right(self, captions) != self.end))),
+        "padding with 0": around(Tokenizer, "__call__", lambda f, self, captions: (
+            f(self, captions) * (f(self, captions) != self.end))),
     },
     sampling: {
-        "linear betas": built(Diffusion, lambda module: setattr(module, "alphas_cumprod", LINEAR)),
+        "linear betas": setting(Diffusion, "alphas_cumprod", LINEAR),
         "no offset 1": around(
-            Diffusion, "timesteps", lambda right, self, steps: [t - 1 for t in right(self, steps)]),
-        "alpha_bar 1 at the end": around(
-            Diffusion, "alpha_bar", lambda right, self, t, after_last=None: right(self, t, 1.0)),
+            Diffusion, "timesteps", lambda f, self, steps: [t - 1 for t in f(self, steps)]),
+        "DDIM ends at 1": around(Diffusion, "alpha_bar", lambda f, d, t, _=None: f(d, t, 1.0)),
         "guidance from the text's side": around(
-            Diffusion, "sample", lambda right, *args, guidance, **flags: right(
-                *args, guidance=guidance + 1, **flags)),
+            Diffusion, "sample", lambda f, *a, guidance, **k: f(*a, guidance=guidance + 1, **k)),
     },
 }
 
