@@ -162,8 +162,9 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
         for_adamw.append({**group, "params": [p for p in parameters if p not in matrices]})
         for_muon.append({**group, "params": [p for p in parameters if p in matrices],
                          "lr_scale": 1.0})
-    optimizers = [torch.optim.AdamW(for_adamw, betas=(0.9, 0.99), weight_decay=0.0)]
-    return [*optimizers, Muon(for_muon)] if muon else optimizers
+    fused = next(modules[0].parameters()).device.type in ("cpu", "cuda")  # in one kernel
+    adamw = torch.optim.AdamW(for_adamw, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    return [adamw, Muon(for_muon)] if muon else [adamw]
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], peaks: tuple[float, ...], step: int,
