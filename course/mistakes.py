@@ -41,7 +41,7 @@ RIGHT = {number: getattr(*place_of(number)) for number in NUMBERS}
 
 def merge(symbols=lambda word: [*word[:-1], word[-1] + "</w>"], special=(START, END), rounds=99,
           choose=min, join=join_pair, may_join=lambda pair: True) -> Callable:
-    """Exercise 1."""
+    """Make Tokenizer._merge."""
     def function(self, word):
         if word in special:
             return [word]
@@ -62,7 +62,7 @@ def join_last(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 def tokenize(row=lambda tok, ids, n: [tok.start, *ids[: n - 2]],
              padding=lambda tok: tok.end) -> Callable:
-    """Exercise 2: n is the context length."""
+    """Make Tokenizer.__call__; n is the context length."""
     def function(self, texts):
         n = self.context_length
         rows = []
@@ -74,7 +74,7 @@ def tokenize(row=lambda tok, ids, n: [tok.start, *ids[: n - 2]],
 
 
 def noisy(mix=lambda z0, eps, signal, noise: signal * z0 + noise * eps) -> Callable:
-    """Exercise 3."""
+    """Make Diffusion.add_noise."""
     def function(self, z0, eps, t):
         alpha_bar = self.alpha_bar(t)
         return mix(z0, eps, alpha_bar.sqrt().to(z0), (1 - alpha_bar).sqrt().to(z0))
@@ -89,7 +89,7 @@ WEIGHTS = {  # of exercise 5, from scores s and the lower triangular m
 
 
 def attention(**changed: Callable) -> Callable:
-    """Exercise 5."""
+    """Make directed_attention."""
     weights = {**WEIGHTS, **changed}
 
     def function(q, k, v, mask):
@@ -99,7 +99,7 @@ def attention(**changed: Callable) -> Callable:
 
 
 def waves(exponent=lambda k, half: -k / half, base=10000) -> Callable:
-    """Exercise 7."""
+    """Make sinusoid."""
     def function(x, width):
         half = width // 2
         angles = x.float()[:, None] * base ** exponent(torch.arange(half), half)
@@ -108,7 +108,7 @@ def waves(exponent=lambda k, half: -k / half, base=10000) -> Callable:
 
 
 def ddim(direction=lambda a, variance: 1 - a - variance, sigma=torch.sqrt) -> Callable:
-    """Exercise 8: a is alpha_bar of t_prev."""
+    """Make Diffusion.ddim_step; a is alpha_bar of t_prev."""
     def function(self, z, output, t, t_prev, eta, noise):
         a = self.alpha_bar(t_prev)
         a_t = self.alpha_bar(t)
@@ -121,7 +121,7 @@ def ddim(direction=lambda a, variance: 1 - a - variance, sigma=torch.sqrt) -> Ca
 
 def ddpm(sigma=lambda beta, ratio: (ratio * beta).sqrt(), stride_to=lambda t, t_prev: t_prev,
          order=1) -> Callable:
-    """Exercise 9: beta is that of the stride from t to `stride_to`, order -1 swaps the factors."""
+    """Make Diffusion.ddpm_step; beta is of the stride to `stride_to`, order -1 swaps factors."""
     def function(self, z, output, t, t_prev, noise):
         a = self.alpha_bar(t_prev, 1.0)
         a_t = self.alpha_bar(t)
@@ -136,7 +136,7 @@ def ddpm(sigma=lambda beta, ratio: (ratio * beta).sqrt(), stride_to=lambda t, t_
 
 def moving_average(decay=lambda ema, warm: min(ema.decay, warm),
                    move=lambda average, p, decay: average.lerp_(p, 1 - decay)) -> Callable:
-    """Exercise 13."""
+    """Make EMA.update."""
     @torch.no_grad()
     def function(self):
         self.count += 1
@@ -146,7 +146,7 @@ def moving_average(decay=lambda ema, warm: min(ema.decay, warm),
 
 
 def st_block(z_out=lambda s_attn, t_attn, z, z_in: s_attn(z) + t_attn(z)) -> Callable:
-    """Exercise 14: z_in is the resnet's input, z its output."""
+    """Make Level.layer; z_in is the resnet's input, z its output."""
     def function(self, i, z_in, emb, context, video):
         if not video or i >= len(self.attentions):
             return RIGHT[14](self, i, z_in, emb, context, video)
@@ -195,7 +195,8 @@ def but(number: int, **attributes: Callable) -> Callable:
 
 
 # --------------------------------------------------------------------------------------------------
-# The mistakes: exercise -> {name: the function in the place of the right one}
+# The mistakes: exercise -> {name: the function in the place of the right one}; of a call `a` holds
+# the arguments, and `s` is self
 
 MISTAKES = {
     1: {
