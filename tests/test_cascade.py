@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cascade
-from cascade import Interpolator, Upscaler, downsample, upsample_bicubic
+from cascade import Interpolator, Upscaler, upsample_bicubic
 from conftest import NoFloat64, close, randn, recorded, seeded, shaken, small_model
 from data import ShapesDataset
 from magicvideo import PRESETS
@@ -31,10 +31,6 @@ def upscaler(model):
 def random(draw, *shape):
     """Draw the random numbers of a batch of two, as train.py's function does."""
     return draw((2, *shape), generator=seeded(sum(shape)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Interpolation
 
 
 def test_interpolation_starts_as_the_key_frames_network_with_mean_adaptors_blind_to_the_keys(model):
@@ -103,10 +99,6 @@ def test_a_clip_is_interpolated_alone_as_in_a_batch(interpolator):
     assert close(both[1:], interpolator.sample(keys[1:], TEXT[1:], 8, steps=2, seed=6), 1e-9)
 
 
-# --------------------------------------------------------------------------------------------------
-# Super-resolution
-
-
 def test_the_upscaler_has_no_video_parts_and_is_told_the_noise_level(upscaler):
     assert not any(isinstance(module, FrameAdaptor) for module in upscaler.modules())
     z = randn(2, 1, 6, 8, 8)
@@ -164,10 +156,6 @@ def test_a_frame_is_enlarged_alone_as_in_a_clip_also_with_the_highest_seed(upsca
     assert clips.shape == (2, 3, 3, 32, 32) and clips.abs().max() <= 1
     alone = upscaler.sample(videos[1:, :1], TEXT[1:], steps=2, seed=2**32)
     assert close(alone, clips[1:, :1], 1e-9)
-
-
-# --------------------------------------------------------------------------------------------------
-# Both
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -27,10 +27,6 @@ ODD = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------
-# The tokenizer with CLIP's own vocabulary
-
-
 @pytest.fixture(scope="module")
 def clip_folder():
     spec = importlib.util.find_spec("clip")  # finds the package without importing it
@@ -98,10 +94,6 @@ def test_every_kind_of_vocabulary_file_gives_the_same_tokenizer(
     assert ids == (49406, 49407, 49408)
 
 
-# --------------------------------------------------------------------------------------------------
-# A tokenizer learned from captions: no file needed
-
-
 @pytest.fixture(scope="module")
 def trained():
     return Tokenizer.train(CAPTIONS, vocab_size=700, context_length=12)
@@ -163,9 +155,6 @@ def test_a_file_that_is_missing_or_no_list_of_merges_is_named_in_one_line(tmp_pa
         Tokenizer.from_clip(tmp_path / name)
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
 
-
-# --------------------------------------------------------------------------------------------------
-# The transformer
 
 SMALL = CLIPTextConfig(vocab_size=99, context_length=16, width=24, layers=3, heads=4)
 

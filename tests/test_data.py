@@ -59,7 +59,9 @@ def test_at_8_frames_a_second_every_caption_is_seen_in_the_pixels(split):
         # circle, square and triangle fill pi / 4, 1 and 1 / 2 of their boxes
         fill = {"circle": math.pi / 4, "square": 1, "triangle": 0.5}[shape]
         assert np.allclose(w, h, atol=0.033) and abs((area / (w * h)).mean() - fill) < 0.12
-        right, down, growth = x[-1] - x[0], y[-1] - y[0], area[-1] / area[0]
+        right = x[-1] - x[0]
+        down = y[-1] - y[0]
+        growth = area[-1] / area[0]
         if motion in ("growing", "shrinking"):
             assert max(abs(right), abs(down)) < 0.1  # a triangle's center is not its box's
             assert growth >= 2 if motion == "growing" else growth <= 0.5
@@ -152,7 +154,8 @@ def test_a_video_of_variable_rate_has_the_frames_that_a_player_shows(tmp_path, s
     av = pytest.importorskip("av", reason="reading video files needs av")
     with av.open(str(tmp_path / f"a{suffix}"), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for k, milliseconds in enumerate([0, 40, 80, 200, 240, 280]):
             picture = np.full((16, 16, 3), 50 * k, np.uint8)

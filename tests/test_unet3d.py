@@ -20,17 +20,16 @@ FRAMES = 5
 TINY = dict(channels=(8, 16), attention=(True, False), layers=1, heads=2, groups=4,
             context_width=12, frames=FRAMES)
 # two clips that differ in all that the network is given
-Z, T, TEXT, FPS = CLIPS = (randn(2, FRAMES, 4, 4, 6), torch.tensor([981, 3]),
-                           randn(2, 7, 12, seed=1), torch.tensor([8.0, 24.0]))
+Z = randn(2, FRAMES, 4, 4, 6)
+T = torch.tensor([981, 3])
+TEXT = randn(2, 7, 12, seed=1)
+FPS = torch.tensor([8.0, 24.0])
+CLIPS = (Z, T, TEXT, FPS)
 
 
 @pytest.fixture(scope="module")
 def unet():
     return shaken(UNet3D(UNetConfig(**TINY)))
-
-
-# --------------------------------------------------------------------------------------------------
-# The image model inside
 
 
 @pytest.mark.parametrize("mask", ["strict", "literal"])
@@ -67,10 +66,6 @@ def test_every_clip_of_a_batch_has_its_own_timestep_text_and_fps(unet):
     for i in (1, 2, 3):
         exchanged = [x.flip(0) if i == j else x for j, x in enumerate(CLIPS)]
         assert (unet(*exchanged) != unet(*CLIPS)).all()
-
-
-# --------------------------------------------------------------------------------------------------
-# Adaptors
 
 
 def test_an_adaptor_is_one_scale_and_one_shift_per_frame_and_channel():
@@ -118,10 +113,6 @@ def test_under_autocast_adaptors_keep_activations_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         unet(*(x.float() for x in CLIPS))
     assert types == [(torch.bfloat16, torch.bfloat16)] * len(types) and len(types) > 10
-
-
-# --------------------------------------------------------------------------------------------------
-# Directed temporal attention
 
 
 @pytest.fixture(scope="module", params=["strict", "literal"])
@@ -249,10 +240,6 @@ def test_fps_has_an_effect_and_zeroing_the_last_layer_removes_it():
     nn.init.zeros_(unet.fps_embedding.linear_2.weight)
     nn.init.zeros_(unet.fps_embedding.linear_2.bias)
     assert torch.equal(unet(*CLIPS), unet(Z, T, TEXT, 3 * FPS))
-
-
-# --------------------------------------------------------------------------------------------------
-# Stable Diffusion's weights
 
 
 def diffusers_unet(config):

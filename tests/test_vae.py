@@ -57,6 +57,14 @@ def test_the_decoder_carries_every_frame_forward_and_none_back(vae, frame):
     assert (before[:, frame:] != after[:, frame:]).all()
 
 
+def test_every_weight_is_used():
+    vae = shaken(VideoVAE(VAEConfig(**TINY)))
+    mean, logvar = vae.encode(VIDEO)
+    vae.decode(vae.sample_latents(mean, logvar, mean)).square().sum().backward()
+    for name, p in vae.named_parameters():
+        assert p.grad.any() or name.endswith("to_k.bias"), name  # cancels in the softmax
+
+
 def test_latents_are_a_draw_from_the_posterior_in_units_of_the_scaling_factor(vae):
     mean, logvar = vae.encode(VIDEO)
     eps = randn(*mean.shape, seed=1)
