@@ -200,9 +200,11 @@ class EMA:
         """Exchange weights and averages for a while."""
         weights = [p.data for p in self.parameters]
         self.copy_to_weights()
-        yield
-        for p, weight in zip(self.parameters, weights):
-            p.data = weight
+        try:
+            yield
+        finally:
+            for p, weight in zip(self.parameters, weights):
+                p.data = weight
 
     def copy_to_weights(self) -> None:
         """Put the averages in the model."""
