@@ -22,7 +22,7 @@ from sample import write_clip
 
 
 def measure(item):
-    """Measure an object: area, center x, y, width and height of each frame, in frame sizes."""
+    """Measure an object: area, centre x, y, width and height of each frame, in frame sizes."""
     video = item["video"].numpy() * 0.5 + 0.5
     color = video.max((0, 2, 3))
     cover = np.abs(video - data.BACKGROUND).sum(1) / np.abs(color - data.BACKGROUND).sum()
@@ -63,7 +63,7 @@ def test_at_8_frames_a_second_every_caption_is_seen_in_the_pixels(split):
         down = y[-1] - y[0]
         growth = area[-1] / area[0]
         if motion in ("growing", "shrinking"):
-            assert max(abs(right), abs(down)) < 0.1  # a triangle's center is not its box's
+            assert max(abs(right), abs(down)) < 0.1  # a triangle's centre is not its box's
             assert growth >= 2 if motion == "growing" else growth <= 0.5
         else:
             moved = {"left": -right, "right": right, "up": -down, "down": down}[motion.split()[1]]
@@ -201,7 +201,7 @@ def test_a_folder_reads_every_kind_of_clip_with_the_caption_of_every_convention(
     clips = ClipFolder(tmp_path, frames=4, size=48)
     assert clips.captions == ["from a line \ufffd", "a table, quoted", "beside \ufffd it", "", "",
                               "a folder"]
-    truth = torch.from_numpy(pictures[:, :, 8:56]).permute(0, 3, 1, 2) / 127.5 - 1  # center square
+    truth = torch.from_numpy(pictures[:, :, 8:56]).permute(0, 3, 1, 2) / 127.5 - 1  # centre square
     drawn = set()
     for epoch in range(9):
         clips.set_epoch(epoch)
