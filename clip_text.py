@@ -93,7 +93,7 @@ class Tokenizer:
         known = set(symbols)
         for left, right in merges:
             if left not in known or right not in known or left + right in known:
-                raise ValueError(f"merge {left!r} + {right!r}: no new symbol of two known ones")
+                raise ValueError(f"{left[:9]!r} + {right[:9]!r}: no new symbol of two known ones")
             symbols.append(left + right)
             known.add(left + right)
         symbols += [START, END]

@@ -311,7 +311,7 @@ def decode_once(folder: Path, clips: list[Path], size: int,
     Returns them with (first frame, number of frames, frames a second) of each clip. A store is
     keyed by name, size and time of change of every file, and is written whole or not at all.
     """
-    if store is None:  # the mapping outlives the file's name
+    if store is None:  # the mapping outlives the name of its file
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
             return decode_once(folder, clips, size, temporary)
     files = []
@@ -322,7 +322,7 @@ def decode_once(folder: Path, clips: list[Path], size: int,
     store = Path(store)
     pixels = store / f"{key}.u8"
     index = store / f"{key}.json"
-    if not index.is_file():
+    if not (index.is_file() and pixels.is_file()):
         store.mkdir(parents=True, exist_ok=True)
         part = store / f"{key}.{os.getpid()}.part"
         try:
@@ -333,7 +333,6 @@ def decode_once(folder: Path, clips: list[Path], size: int,
             os.replace(part, index)
         finally:
             part.unlink(missing_ok=True)
-        print(f"{folder}: frames are in {pixels}, {pixels.stat().st_size / 1e6:.0f} MB")
     spans = [tuple(span) for span in json.loads(index.read_text())]
     return np.memmap(pixels, np.uint8, "r").reshape(-1, size, size, 3), spans
 
@@ -404,6 +403,7 @@ def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
     with Image.open(path) as image:
         for k in range(getattr(image, "n_frames", 1)):
             image.seek(k)
+            image.load()  # Pillow knows the duration of a WebP's picture once it is decoded
             yield to_rgb(image), Fraction(image.info.get("duration") or 100) / 1000
         # Pillow takes a GIF that is cut off between two pictures for a short one
         if image.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):

@@ -89,6 +89,7 @@ class Diffusion:
         output = network(z, t)
         if sampler == "ddim":
             return self.ddim_step(z, output, t, t_prev, eta, noise)
+        assert sampler == "ddpm", f'sampler "{sampler}": use ddim or ddpm'
         return self.ddpm_step(z, output, t, t_prev, noise)
 
     def timesteps(self, steps: int) -> list[int]:

@@ -158,13 +158,13 @@ class MagicVideo(nn.Module):
             model = cls(config, Tokenizer(merges, config.text.context_length))
             model.load_state_dict(state["weights"])
             model.cascade = dict(state["cascade"])
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever a damaged or foreign file makes of the sizes
             raise InputError(f"{path}: made by another version of this code "
                              f"({str(error).splitlines()[0]}); train again") from error
         return model.eval()
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write weights, sizes and tokenizer to one file; float16 as `dtype` halves it."""
+        """Write weights, sizes and tokenizer to one file, the model's own weights as `dtype`."""
         state = self.state()
         if dtype:
             state["weights"] = {name: p.to(dtype) for name, p in state["weights"].items()}
@@ -179,7 +179,7 @@ class MagicVideo(nn.Module):
             path = path / "model.pt"
         if path.is_dir():
             return cls.from_stable_diffusion(path, frames or 16).to(device)
-        model = cls.from_state(load_checkpoint(path, "magicvideo")["model"], path).to(device)
+        model = cls.from_state(load_checkpoint(path, "magicvideo").get("model"), path).to(device)
         if frames not in (None, model.config.unet.frames):
             raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames}, and its "
                              f"adaptors hold one scale and shift for each; leave it out")

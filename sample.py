@@ -144,7 +144,8 @@ def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
         reason = error.strerror or error
         raise InputError(f"--out {path}: cannot be written ({reason}); choose another") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:

@@ -44,15 +44,17 @@ def load_stable_diffusion(folder: Path, frames: int) -> MagicVideo:
     Sizes come from its config.json files; frames are 256 x 256 as in the paper, or smaller where
     the folder's are. Raises InputError for what is not such a folder.
     """
-    config = read_config(folder, frames)
     try:
+        config = read_config(folder, frames)
         tokenizer = Tokenizer.from_clip(folder / "tokenizer", config.text.context_length)
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(str(error)) from error
+        model = MagicVideo(config, tokenizer)
+    except InputError:
+        raise
+    except Exception as error:  # whatever damaged files make of the sizes
+        raise InputError(f"{folder}: {type(error).__name__}: {error}; {REMEDY}") from error
     if tokenizer.vocab_size != config.text.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} symbols, the text "
                          f"encoder {config.text.vocab_size}; take both from one model")
-    model = MagicVideo(config, tokenizer)
     loaded = sum(load_part(getattr(model, part), folder / part) for part in PARTS)
     new = sum(p.numel() for name, p in model.named_parameters() if is_video_parameter(name))
     print(f"{folder}: {loaded:,} parameters of Stable Diffusion, {new:,} new ones of zero effect")
@@ -72,26 +74,23 @@ def read_config(folder: Path, frames: int) -> MagicVideoConfig:
                 raise InputError(f"{folder}/{part}/config.json: {key} is {configs[part][key]!r}, "
                                  f"in Stable Diffusion 1.x it is {value!r}; {REMEDY}")
     text, vae, unet = (configs[part] for part in PARTS)
-    try:
-        heads = unet["attention_head_dim"]  # means the number of heads in SD 1.x
-        vae_channels = tuple(vae["block_out_channels"])
-        if not isinstance(heads, int) or unet["cross_attention_dim"] != text["hidden_size"]:
-            raise InputError(f"{folder}: its U-Net is of another generation (attention_head_dim "
-                             f"{heads}, text width {unet['cross_attention_dim']}); {REMEDY}")
-        return MagicVideoConfig(
-            size=min(256, unet["sample_size"] * 2 ** (len(vae_channels) - 1)), pretrained=True,
-            text=CLIPTextConfig(text["vocab_size"], text["max_position_embeddings"],
-                                text["hidden_size"], text["num_hidden_layers"],
-                                text["num_attention_heads"]),
-            vae=VAEConfig(vae_channels, vae["latent_channels"], vae["layers_per_block"],
-                          vae["norm_num_groups"], vae.get("scaling_factor", 0.18215)),
-            unet=UNetConfig(
-                channels=tuple(unet["block_out_channels"]),
-                attention=tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"]),
-                layers=unet["layers_per_block"], heads=heads, groups=unet["norm_num_groups"],
-                context_width=unet["cross_attention_dim"], frames=frames))
-    except KeyError as error:
-        raise InputError(f"{folder}: a config.json has no {error}; {REMEDY}") from error
+    heads = unet["attention_head_dim"]  # means the number of heads in SD 1.x
+    vae_channels = tuple(vae["block_out_channels"])
+    if not isinstance(heads, int) or unet["cross_attention_dim"] != text["hidden_size"]:
+        raise InputError(f"{folder}: its U-Net is of another generation (attention_head_dim "
+                         f"{heads}, text width {unet['cross_attention_dim']}); {REMEDY}")
+    return MagicVideoConfig(
+        size=min(256, unet["sample_size"] * 2 ** (len(vae_channels) - 1)), pretrained=True,
+        text=CLIPTextConfig(text["vocab_size"], text["max_position_embeddings"],
+                            text["hidden_size"], text["num_hidden_layers"],
+                            text["num_attention_heads"]),
+        vae=VAEConfig(vae_channels, vae["latent_channels"], vae["layers_per_block"],
+                      vae["norm_num_groups"], vae.get("scaling_factor", 0.18215)),
+        unet=UNetConfig(
+            channels=tuple(unet["block_out_channels"]),
+            attention=tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"]),
+            layers=unet["layers_per_block"], heads=heads, groups=unet["norm_num_groups"],
+            context_width=unet["cross_attention_dim"], frames=frames))
 
 
 def load_part(module: nn.Module, folder: Path) -> int:
@@ -134,7 +133,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if files[0].suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(files[0])
-        return torch.load(files[0], map_location="cpu", weights_only=True)
+        return dict(torch.load(files[0], map_location="cpu", weights_only=True))
     except ImportError as error:
         raise InputError(f"{files[0]}: needs a package; pip install safetensors") from error
     except Exception as error:  # safetensors and torch have many for a damaged file

@@ -20,8 +20,8 @@ import cascade
 from data import ClipFolder, InputError, ShapesDataset
 from lab.fvd import frechet_distance, i3d_features, load_i3d
 from lab.judge import (LEAST_TRENDS, TRENDS, balanced_prompts, confusions, count, fit_trends,
-                       judge, segment_object, table)
-from lab.results import check_ranges, run_command, write_results
+                       judge, segment_object, table_rows)
+from lab.results import check_ranges, print_table, run_command, write_results
 from magicvideo import MagicVideo, pick_device
 from sample import film_strip, write_clip
 
@@ -29,26 +29,24 @@ from sample import film_strip, write_clip
 def prompt_accuracy(model: MagicVideo, flags: argparse.Namespace) -> dict:
     """Count how often color, shape and motion of a sampled clip are those of its caption."""
     names = {"test": "held-out captions", "train": "trained captions"}
-    rows = []
+    counts = []
     clips = []
     for split in names if flags.split == "both" else [flags.split]:
         prompts = balanced_prompts(split) * flags.seeds
         videos = sample_prompts(model, prompts, flags, flags.fps)
-        save_film_strip(flags, split, videos[:24])
+        picture = Path(flags.out) / f"{split}.png"
+        write_clip(picture, film_strip(videos[:24])[None], fps=1)
         verdicts = [judge(video, flags.fps) for video in videos]
-        rows.append(count(names[split], prompts, verdicts))
+        counts.append(count(names[split], prompts, verdicts))
         clips += [{"caption": prompt, "seed": flags.seed + i, **verdict}
                   for i, (prompt, verdict) in enumerate(zip(prompts, verdicts))]
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
-    rows.append(count("captions shuffled", [prompts[i] for i in order], verdicts))
+    counts.append(count("captions shuffled", [prompts[i] for i in order], verdicts))
     real = real_clips(model, flags)
     verdicts = [judge(clip["video"], clip["fps"]) for clip in real]
-    rows.append(count("real clips", [clip["caption"] for clip in real], verdicts))
-    print(table(rows))
+    counts.append(count("real clips", [clip["caption"] for clip in real], verdicts))
     wrong = confusions([clip["caption"] for clip in clips], clips)
-    for pair in wrong[:8]:
-        print("{asked} judged {judged}: {clips} of {of} clips".format(**pair))
-    return {"rows": rows, "confusions": wrong, "clips": clips}
+    return {"rows": table_rows(counts), "confusions": wrong, "counts": counts, "clips": clips}
 
 
 def sample_prompts(model: MagicVideo, prompts: list[str], flags: argparse.Namespace,
@@ -71,11 +69,6 @@ def real_clips(model: MagicVideo, flags: argparse.Namespace, seed: int = 0,
     return [clips[i] for i in range(min(len(clips), flags.clips))]
 
 
-def save_film_strip(flags: argparse.Namespace, name: str, videos: Tensor) -> None:
-    """Write clips (n, f, 3, h, w) as one picture, a row each."""
-    write_clip(Path(flags.out) / f"{name}.png", film_strip(videos)[None], fps=1)
-
-
 # --------------------------------------------------------------------------------------------------
 # Other measures
 
@@ -93,21 +86,19 @@ def rates(model: MagicVideo, flags: argparse.Namespace) -> dict:
         speeds.append(torch.tensor([speed(*clip) for clip in zip(videos, prompts)]))
         real = real_clips(model, flags, fps=fps)
         true = torch.tensor([speed(clip["video"], clip["caption"]) for clip in real])
-        rows.append({"fps": fps, "speed": float(speeds[-1].nanmedian()),
-                     "data": float(true.nanmedian()),
-                     "data fps": sum(clip["fps"] for clip in real) / len(real)})
-        print("{fps} fps: median speed {speed:.2f}; of the data set {data:.2f}, cut at {data fps:.3g}"
-              " fps on average".format(**rows[-1]))
+        rows.append({"fps": fps, "median speed": float(speeds[-1].nanmedian()),
+                     "of the data set": float(true.nanmedian()),
+                     "cut at, fps": sum(clip["fps"] for clip in real) / len(real)})
     four, eight, sixteen = speeds
     is_slower = ((four > eight) & (eight > sixteen))[~torch.stack(speeds).isnan().any(0)]
-    print(f"slower from 4 to 8 to 16 fps: {int(is_slower.sum())} of {len(is_slower)} clips")
-    return {"rates": rows, "slower": int(is_slower.sum()), "of": len(is_slower)}
+    return {"rows": rows,
+            "slower from 4 to 8 to 16 fps": f"{int(is_slower.sum())} of {len(is_slower)} clips"}
 
 
 def speed(video: Tensor, caption: str) -> float:
     """Measure how far an object gets per frame the way its caption says; NaN if unseen.
 
-    1 is as slow as the data set is at 8 fps: 0.3 widths of the frame, or twice the area, in 7 steps.
+    1 is the least of the data set at 8 fps: 0.3 widths of the frame, or twice the area, in 7 steps.
     """
     motion = caption.split(" ", 3)[3]
     segmented = segment_object(video)
@@ -134,16 +125,14 @@ def reconstruction(model: MagicVideo, flags: argparse.Namespace) -> dict:
             error = video.cpu() - clip["video"]  # (f, 3, h, w)
             errors[f"clips, {name}"].append(error.square().mean())
             errors[f"differences, {name}"].append(error.diff(dim=0).square().mean())
-    return report_psnr(errors)
+    return {"rows": psnr_rows(errors)}
 
 
-def report_psnr(errors: dict[str, list[Tensor]]) -> dict:
-    """Print and return PSNR in dB from squared errors of clips in [-1, 1]."""
-    found = {}
-    for name, values in errors.items():
-        found[name] = float(10 * torch.log10(4 / torch.stack(values).mean()))
-        print(f"{name:36}{found[name]:6.2f} dB PSNR, {len(values)} clips")
-    return {"psnr": found, "clips": len(values)}
+def psnr_rows(errors: dict[str, list[Tensor]]) -> list[dict]:
+    """Turn squared errors of clips in [-1, 1] into PSNR of their mean, in dB."""
+    return [{"name": name, "clips": len(values),
+             "PSNR": float(10 * torch.log10(4 / torch.stack(values).mean()))}
+            for name, values in errors.items()]
 
 
 def fvd(model: MagicVideo, flags: argparse.Namespace) -> dict:
@@ -153,11 +142,10 @@ def fvd(model: MagicVideo, flags: argparse.Namespace) -> dict:
     videos = {"samples": sample_prompts(model, [c["caption"] for c in real], flags, flags.fps),
               "other real clips": torch.stack([c["video"] for c in real_clips(model, flags, 1)])}
     reference = i3d_features(i3d, torch.stack([clip["video"] for clip in real]))
-    found = {}
-    for name, clips in videos.items():
-        found[name] = frechet_distance(reference, i3d_features(i3d, clips))
-        print(f"FVD of {name}: {found[name]:.1f} ({len(real)} clips; papers take 2,048 or more)")
-    return {"fvd": found, "clips": len(real)}
+    rows = [{"name": name, "clips": len(real),
+             "FVD": frechet_distance(reference, i3d_features(i3d, clips))}
+            for name, clips in videos.items()]
+    return {"rows": rows, "note": "FVD depends on the number of clips; papers take 2,048 or more"}
 
 
 @torch.no_grad()
@@ -171,27 +159,22 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace) -> dict:
     is_new = torch.arange(length) % gap > 0
     part = (torch.arange(length) % gap / gap).view(-1, 1, 1, 1)
     errors = defaultdict(list)
-    smoothness = []
-    strips = []
+    smooth = []
     for i in tqdm(range(len(clips)), disable=None):
-        true = clips[i]["video"]
-        z = network.sample(model.encode(true[None, ::gap]), model.encode_text([clips[i]["caption"]]),
-                           clips[i]["fps"] / gap, seed=flags.seed + i)
-        last = true[::gap].repeat_interleave(gap, 0)[:length]  # the key frame at or before each
-        following = torch.cat([true[gap::gap].repeat_interleave(gap, 0), true[-1:]])
-        videos = {"interpolated": model.decode(z)[0].cpu(), "cross-fade": last.lerp(following, part),
-                  "true frames through the VideoVAE": model.decode(model.encode(true[None]))[0].cpu()}
+        true, caption = clips[i]["video"], clips[i]["caption"]
+        keys = model.encode(true[None, ::gap])
+        z = network.sample(keys, model.encode_text([caption]), flags.fps, seed=flags.seed + i)
+        before = true[::gap].repeat_interleave(gap, 0)[:length]
+        after = torch.cat([true[gap::gap].repeat_interleave(gap, 0), true[-1:]])
+        videos = {"interpolated": model.decode(z)[0].cpu(), "cross-fade": before.lerp(after, part),
+                  "encoded and decoded": model.decode(model.encode(true[None]))[0].cpu()}
         for name, video in videos.items():
             errors[name].append((video - true)[is_new].square().mean())
-        if "moving" in clips[i]["caption"]:
-            smoothness.append(motion_smoothness(videos["interpolated"], clips[i]["caption"]))
-        strips += [true, videos["interpolated"], videos["cross-fade"]]
-    save_film_strip(flags, "interpolation", torch.stack(strips[:12])[:, : 2 * gap + 1])
-    smooth = {"moving": len(smoothness), "one way": sum(pair[0] for pair in smoothness),
-              "even": sum(pair[1] for pair in smoothness)}
-    print("of {moving} moving objects {one way} go one way in every frame, {even} in steps within "
-          "35 % of their mean".format(**smooth))
-    return {**report_psnr(errors), **smooth}
+        if "moving" in caption:
+            smooth.append(motion_smoothness(videos["interpolated"], caption))
+    return {"rows": psnr_rows(errors), "moving objects that go one way in every frame":
+            f"{sum(pair[0] for pair in smooth)} of {len(smooth)}",
+            "of these in even steps": sum(pair[1] for pair in smooth)}
 
 
 def motion_smoothness(video: Tensor, caption: str) -> tuple[bool, bool]:
@@ -215,28 +198,23 @@ def upscaling(model: MagicVideo, flags: argparse.Namespace) -> dict:
     size = cascade.SCALE * model.config.size
     clips = ShapesDataset("test", 2, size, flags.seed, flags.fps, flags.clips)
     errors = defaultdict(list)
-    strips = []
     for i in tqdm(range(len(clips)), disable=None):
         true = clips[i]["video"][None, :1].to(model.device)  # (1, 1, 3, 4h, 4w)
         small = cascade.downsample(true)
         context = model.encode_text([clips[i]["caption"]])
-        videos = {"upscaled": network.sample(small, context, seed=flags.seed + i),
-                  "bicubic": cascade.upsample_bicubic(small).clamp(-1, 1)}
-        for name, video in videos.items():
-            errors[name].append((video - true).square().mean().cpu())
-        strips.append(torch.cat([true, *videos.values()], dim=1)[0])
-    save_film_strip(flags, "upscaling", torch.stack(strips[:4]))
-    return report_psnr(errors)
+        upscaled = network.sample(small, context, seed=flags.seed + i)
+        bicubic = cascade.upsample_bicubic(small).clamp(-1, 1)
+        errors["upscaled"].append((upscaled - true).square().mean())
+        errors["bicubic"].append((bicubic - true).square().mean())
+    return {"rows": psnr_rows(errors)}
 
-
-# --------------------------------------------------------------------------------------------------
 
 MEASURES = {"rates": rates, "reconstruction": reconstruction, "fvd": fvd,
             "interpolation": interpolation, "upscaling": upscaling}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one thing, print it, and write it to OUT/results.json, with pictures beside it."""
+    """Measure one thing, print it and write it to OUT/results.json."""
     parser = argparse.ArgumentParser(description="Measures how well a model follows prompts, "
                                      "judged from pixels alone, or one of the other measures.")
     parser.add_argument("--checkpoint", required=True, help="the model.pt that train.py wrote")
@@ -257,20 +235,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--out", default="evaluation", help="folder of the results (evaluation)")
     flags = parser.parse_args(arguments)
-    asked = next((name for name in MEASURES if getattr(flags, name)), None)
     check_ranges(flags, seeds=(1, 1e6), clips=(1, 1e6), seed=(0, 2**31), steps=(1, 1000),
                  fps=(0.1, 1000), batch_size=(1, 1e6))
+    asked = next((name for name in MEASURES if getattr(flags, name)), None)
     if flags.data != "shapes" and asked not in ("reconstruction", "fvd"):
-        raise InputError(f"--data {flags.data}: prompts can be judged on shapes alone; add --fvd "
-                         f"or --reconstruction")
+        raise InputError(f"--data {flags.data}: needs --reconstruction or --fvd; prompts are judged "
+                         f"on shapes alone")
     model = MagicVideo.load(flags.checkpoint, pick_device(flags.device))
     stage = {"interpolation": "interpolate", "upscaling": "upscale"}.get(asked)
     if stage and stage not in model.cascade:
         raise InputError(f"--{asked}: {flags.checkpoint} has no such network; train it: python "
                          f"train.py --stage {stage} --init-from {flags.checkpoint}")
-    if flags.guidance is None:
-        flags.guidance = model.config.guidance
     found = MEASURES.get(asked, prompt_accuracy)(model, flags)
+    print_table(found["rows"])
+    print_table(found.get("confusions", [])[:8])
+    for name, value in found.items():
+        if not isinstance(value, list):
+            print(f"{name}: {value}")
     write_results(Path(flags.out) / "results.json", flags, found)
 
 

@@ -210,17 +210,14 @@ def count(name: str, captions: list[str], verdicts: list[dict]) -> dict:
                for key, hit in hits.items()}}
 
 
-def table(counts: list[dict]) -> str:
-    """Lay counts out as text, one column each: percent right with intervals."""
-    lines = [f"{'right, % [95 % interval]':28}" + "".join(f"{row['name']:>20}" for row in counts)]
-    lines.append(f"{'clips':28}" + "".join(f"{row['clips']:20}" for row in counts))
-    for key, label in LABELS.items():
-        cells = []
-        for row in counts:
-            low, high = row[key]["interval"]
-            cells.append(f"{100 * row[key]['rate']:.0f} [{100 * low:.0f}, {100 * high:.0f}]")
-        lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
+def table_rows(counts: list[dict]) -> list[dict]:
+    """Make a row for each verdict and a column for each count: percent right with intervals."""
+    rows = [{"right, % [95 % interval]": label} for label in LABELS.values()]
+    for counted in counts:
+        for row, key in zip(rows, LABELS):
+            rate, low, high = (100 * x for x in (counted[key]["rate"], *counted[key]["interval"]))
+            row[f"{counted['name']}, {counted['clips']}"] = f"{rate:.0f} [{low:.0f}, {high:.0f}]"
+    return rows
 
 
 def confusions(captions: list[str], verdicts: list[dict]) -> list[dict]:

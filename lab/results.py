@@ -1,13 +1,11 @@
-"""What the commands of lab share: flags in range, numbers on file, mistakes in one line (ours)."""
+"""What the commands of lab share: flags, tables, numbers on file, mistakes in one line (ours)."""
 
 import argparse
 import json
 import math
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 from data import InputError
@@ -25,19 +23,29 @@ def run_command(main: Callable[[], None]) -> None:
 def check_ranges(flags: argparse.Namespace, **ranges: tuple[float, float]) -> None:
     """Raise InputError that names the first flag outside its (lowest, highest)."""
     for name, (low, high) in ranges.items():
-        value = getattr(flags, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to "
-                             f"{high:g}")
+        if not low <= getattr(flags, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(flags, name)}: give a number "
+                             f"from {low:g} to {high:g}")
 
 
-def write_results(path: str | Path, flags: argparse.Namespace, found: dict) -> None:
-    """Write `found` as JSON, with the command and the code that it came from; NaN becomes null."""
-    command = shlex.join(["python", "-m", f"lab.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    results = {"command": command, "commit": commit(), "date": date, "flags": vars(flags), **found}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+def print_table(rows: list[dict]) -> None:
+    """Print rows of the same keys under these, numbers on the right of their columns."""
+    table = [[str(key) for key in row] for row in rows[:1]]
+    for row in rows:
+        table.append([f"{value:.4g}" if isinstance(value, float) else
+                      f"{value:,}" if isinstance(value, int) else str(value)
+                      for value in row.values()])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *cells in table:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def write_results(path: Path, flags: argparse.Namespace, found: dict) -> None:
+    """Write numbers as JSON, with the flags and the commit of the code; NaN becomes null."""
+    results = {"flags": vars(flags), "commit": commit(), **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
     print(f"numbers: {path}")
 
 
@@ -51,10 +59,10 @@ def finite(value):
 
 
 def commit() -> str | None:
-    """Return the commit of this code, "-dirty" if files have changed; None outside git."""
+    """Return the commit of this code, "-dirty" if files have changed; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).parent
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
+    except OSError:
         return None
