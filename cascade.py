@@ -34,10 +34,11 @@ def build(model: MagicVideo, stage: str) -> nn.Module:
     return network.to(model.device).eval()
 
 
-def with_condition(unet: UNet3D, condition: Tensor) -> Callable:
+def with_condition(unet: UNet3D, condition: Tensor, level: Tensor | None = None) -> Callable:
     """Make a network of z (b, f, c, h, w) that reads `condition` (b, f, c', h, w) as channels."""
     def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor) -> Tensor:
-        return unet(torch.cat([z, condition.to(z)], dim=2), t, context, fps)
+        z = torch.cat([z, condition.to(z)], dim=2)
+        return unet(z, t, context, fps if level is None else level)
     return network
 
 
@@ -60,7 +61,7 @@ class Interpolator(nn.Module):
     """Latent diffusion of the frames between two key frames (paper §3, interpolation).
 
     Started from the key frames' U-Net: the same weights, new input weights zero, each adaptor the
-    mean over the key frames. No mask, since frames between have a frame after them (all ours).
+    mean over the key frames. No mask, since the second key frame lies in the future (all ours).
     """
 
     def __init__(self, model: MagicVideo):
@@ -95,7 +96,7 @@ class Interpolator(nn.Module):
         """Sample the frames between: keys (b, f, 4, h, w) at `fps` -> (b, 4f-3, 4, h, w) at 4 fps.
 
         Key frames stay what they are, bit for bit, at 0, 4, 8 ... context (b, l, d) is the text; no
-        guidance, since two frames say more than a caption (ours). Raises ValueError for one frame.
+        guidance, since the key frames determine the result (ours). Raises ValueError for one frame.
         """
         b, f, c, h, w = keys.shape
         if f < 2 or len(context) != b:
@@ -170,7 +171,7 @@ class Upscaler(nn.Module):
 
         Crops have 1/4 of the side; `random` is train.py's.
         """
-        side = frames.shape[-1] // SCALE
+        side = frames.shape[-1] // SCALE  # of a crop, and of the small frame
         eps = random(torch.randn, 1, 3, side, side).to(frames)
         noise = random(torch.randn, 1, 3, side, side).to(frames)
         level = random(partial(torch.randint, MAX_AUG_LEVEL))  # (b,)
@@ -180,38 +181,27 @@ class Upscaler(nn.Module):
         for pair, (top, left) in zip(torch.cat([frames, low], dim=2), corners.tolist()):
             crops.append(pair[..., top : top + side, left : left + side])
         frames, low = torch.stack(crops).chunk(2, dim=2)  # (b, 1, 3, h, w) each
-        network = with_condition(self.unet, low)
+        network = with_condition(self.unet, low, level.to(low.device))
         z0 = RESIDUAL_SCALE * (frames - low)
-        return self.diffusion.loss(network, z0, context, level.to(z0.device), t, eps)
+        return self.diffusion.loss(network, z0, context, None, t, eps)
 
     @torch.no_grad()
     def sample(self, videos: Tensor, context: Tensor, steps: int = 4, seed: int = 0) -> Tensor:
         """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d)."""
         if len(context) != len(videos):
             raise ValueError(f"{len(context)} texts for {len(videos)} clips: give one for each")
-        clips = [self.sample_clip(video, text, steps, seed + i)
-                 for i, (video, text) in enumerate(zip(videos, context))]
-        return torch.stack(clips)
-
-    def sample_clip(self, video: Tensor, text: Tensor, steps: int, seed: int) -> Tensor:
-        """Enlarge one clip (f, 3, h, w) with text (l, d); every frame has noise of its own."""
-        f = len(video)
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(f)]
-        frames = video[:, None]  # (f, 1, 3, h, w): each frame is a clip of one
-        level = torch.full((f,), SAMPLE_AUG_LEVEL)
-        noise = seeded_randn(frames.shape, generators).to(frames)
-        low = upsample_bicubic(self.diffusion.add_noise(frames, noise, level))
-        level = level.to(video.device)
-
-        def network(z: Tensor, t: Tensor, context: Tensor, fps: None) -> Tensor:
-            outputs = []
-            for i in range(f):  # one after the other: each is as large as many crops
-                z_i = torch.cat([z[i : i + 1], low[i : i + 1]], dim=2)  # (1, 1, 6, 4h, 4w)
-                outputs.append(self.unet(z_i, t[i : i + 1], context[i : i + 1], level[i : i + 1]))
-            return torch.cat(outputs)
-
-        context = text.expand(f, -1, -1)
-        z = self.diffusion.sample(network, low.shape, context, context, None, steps=steps,
-                                  guidance=1.0, generator=generators)
-        # frame = bicubic(noisy small frame) + z_0 / RESIDUAL_SCALE
-        return (low + z / RESIDUAL_SCALE)[:, 0].clamp(-1, 1)  # (f, 3, 4h, 4w)
+        level = torch.tensor([SAMPLE_AUG_LEVEL])
+        frames = []
+        for i, clip in enumerate(videos):
+            text = context[i : i + 1]
+            for j, frame in enumerate(clip):  # one by one: each is as large as many crops
+                generator = torch.Generator().manual_seed((seed + i) * 1_000_003 + j)
+                frame = frame[None, None]  # (1, 1, 3, h, w)
+                noise = seeded_randn(frame.shape, generator).to(frame)
+                low = upsample_bicubic(self.diffusion.add_noise(frame, noise, level))
+                network = with_condition(self.unet, low, level.to(low.device))
+                z = self.diffusion.sample(network, low.shape, text, text, None, steps=steps,
+                                          guidance=1.0, generator=generator)
+                # frame = bicubic(noisy small frame) + z_0 / RESIDUAL_SCALE
+                frames.append((low + z / RESIDUAL_SCALE).clamp(-1, 1))
+        return torch.cat(frames, dim=1).unflatten(1, videos.shape[:2])[0]

@@ -89,7 +89,8 @@ class Diffusion:
         output = network(z, t)
         if sampler == "ddim":
             return self.ddim_step(z, output, t, t_prev, eta, noise)
-        assert sampler == "ddpm", f'sampler "{sampler}": use ddim or ddpm'
+        if sampler != "ddpm":
+            raise ValueError(f'sampler "{sampler}": use {" or ".join(SAMPLERS)}')
         return self.ddpm_step(z, output, t, t_prev, noise)
 
     def timesteps(self, steps: int) -> list[int]:

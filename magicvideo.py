@@ -102,7 +102,7 @@ class MagicVideo(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50,
                guidance: float | None = None, sampler: str = "ddim", seed: int = 0,
-               eta: float = 0.0, decode: bool = True) -> Tensor:
+               decode: bool = True) -> Tensor:
         """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
         Clip i has seed + i, and so is the same alone or in a batch. Without fps the image model
@@ -119,13 +119,14 @@ class MagicVideo(nn.Module):
             fps = torch.full((len(prompts),), float(fps), device=self.device)
         guidance = self.config.guidance if guidance is None else guidance
         z = self.diffusion.sample(self.unet, shape, context, uncond, fps, sampler, steps, guidance,
-                                  eta, generators)
+                                  generator=generators)
         return self.decode(z) if decode else z
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
         """Encode clips (b, f, 3, h, w) to scaled posterior means; SD draws samples (ours)."""
-        mean, _ = self.vae.encode(videos.to(self.unet.conv_in.weight))
+        with torch.autocast(self.device.type, enabled=False):  # the VAE keeps full precision
+            mean, _ = self.vae.encode(videos.to(self.unet.conv_in.weight))
         return self.config.vae.scaling_factor * mean
 
     @torch.no_grad()
@@ -163,12 +164,9 @@ class MagicVideo(nn.Module):
                              f"({str(error).splitlines()[0]}); train again") from error
         return model.eval()
 
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write weights, sizes and tokenizer to one file, the model's own weights as `dtype`."""
-        state = self.state()
-        if dtype:
-            state["weights"] = {name: p.to(dtype) for name, p in state["weights"].items()}
-        save_checkpoint(path, {"format": "magicvideo", "model": state})
+    def save(self, path: str | Path) -> None:
+        """Write weights, sizes and tokenizer to one file."""
+        save_checkpoint(path, {"format": "magicvideo", "model": self.state()})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu",

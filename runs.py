@@ -5,7 +5,6 @@ ranks are the processes of torchrun, or those that `start_ranks` starts on a CPU
 """
 
 import csv
-import itertools
 import os
 import signal
 import socket
@@ -41,10 +40,10 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
                          f"make room or choose another --out") from error
 
 
-def new_folder(name: str) -> Path:
+def new_folder(name: str, n: int = 1) -> Path:
     """Return runs/NAME, or runs/NAME-2, -3 and so on: the first that does not exist."""
-    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+    folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
+    return new_folder(name, n + 1) if folder.exists() else folder
 
 
 def plot_losses(log: Path, picture: Path) -> None:
@@ -60,11 +59,8 @@ def plot_losses(log: Path, picture: Path) -> None:
         for name in [name for name in rows[0] if "loss" in name]:
             points = [(int(row["step"]), float(row[name])) for row in rows
                       if row["stage"] == stage and row[name]]
-            width = len(points) // 100 + 1  # single steps are noisy: means of neighbours
-            means = [torch.tensor(points[i : i + width]).mean(0).tolist()
-                     for i in range(0, len(points), width)]
-            if means:
-                axes.plot(*zip(*means), label=name)
+            if points:
+                axes.plot(*zip(*points), label=name, linewidth=0.5)
         axes.set(title=f"stage {stage}", xlabel="step", yscale="log")
         axes.legend()
     figure.savefig(picture)
@@ -113,6 +109,6 @@ def join_ranks(device: torch.device) -> torch.device:
         # torchrun keeps one store for all its restarts: without a prefix ranks would connect to the
         # addresses of processes that are dead
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
     return device

@@ -43,7 +43,6 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (50)")
     parser.add_argument("--guidance", type=float, help="weight of the text (default: the model's)")
     parser.add_argument("--sampler", default="ddim", help="ddim or ddpm (ddim)")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     parser.add_argument("--seed", type=int, default=0, help="prompt i takes seed + i (0)")
     parser.add_argument("--interpolate", action="store_true", help="f frames become 4 f - 3")
     parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
@@ -58,7 +57,7 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
         except ImportError as error:
             raise InputError(f"--out {flags.out}: pip install av, or choose .gif") from error
     most_fps = MAX_FPS[suffix] / (4 if flags.interpolate else 1)
-    for name, low, high in (("fps", 0.1, most_fps), ("steps", 1, 1000), ("eta", 0, 1),
+    for name, low, high in (("fps", 0.1, most_fps), ("steps", 1, 1000),
                             ("guidance", -1000, 1000), ("seed", 0, 2**32 - 1)):
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError("--interpolate: this model makes single frames; use one of two or more")
 
     latents = model.sample(flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler,
-                           flags.seed, flags.eta, decode=False)
+                           flags.seed, decode=False)
     fps = flags.fps
     if flags.interpolate or flags.upscale:
         import cascade

@@ -1,7 +1,8 @@
 """What a 64-pixel model trained from nothing in minutes needs beyond the paper, and why (all ours).
 
-Preset `tiny` alone trains so; `small` and `paper` train and sample as `diffusion.py` says. Each
-trick was measured (docs/measurements.md); a reader of the paper can leave all of them out.
+`StaggeredDiffusion` and Muon are for preset `tiny` alone, `VDiffusion` for the cascade too; `small`
+and `paper` train and sample as `diffusion.py` says. At the end, for every preset: optimizers,
+moving average, latents encoded once. Each trick was measured (docs/measurements.md).
 """
 
 import math
@@ -19,10 +20,10 @@ from diffusion import Diffusion, DiffusionConfig, cast, seeded_randn
 class VDiffusion(Diffusion):
     """Diffusion whose last step is pure noise (Lin et al. 2023), by a network that predicts v.
 
-    A fifteenth of the signal is left in SD's z_{T-1}. Averaged over similar frames it gives the
-    object's place away in training, and in sampling it is not there. Without signal eps says
-    nothing of z_0, hence v (Salimans and Ho 2022). Few steps must begin at pure noise too, which is
-    why `cascade.py` uses this class.
+    SD's z_{T-1} still holds 1/15 of the signal. Training can read the object's position from it,
+    averaged over similar frames; sampling starts without it. Without signal eps says nothing of
+    z_0, hence v (Salimans and Ho 2022). Few steps must begin at pure noise too, which is why
+    `cascade.py` uses this class.
     """
 
     def __init__(self, config: DiffusionConfig | None = None):
@@ -74,8 +75,8 @@ class StaggeredDiffusion(VDiffusion):
     def loss(self, model, z0, context, fps=None, t=None, eps=None, generator=None) -> Tensor:
         """Return `Diffusion.loss` over the frames that sampling would denoise at that moment, (b,).
 
-        Frames already clean or still pure noise are left out; what remains is divided by how many
-        frames count on average, so that the mean over any clips estimates one loss.
+        Frames already clean or still pure noise are left out; the sum is divided by the expected
+        number of active frames, so that its mean is unbiased.
         """
         b, f = z0.shape[:2]
         t = torch.randint(self.num_steps, (b,), generator=generator) if t is None else t
@@ -147,7 +148,8 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
                      muon: bool) -> list[torch.optim.Optimizer]:
     """Make AdamW and, with `muon`, Muon for the weight matrices of `modules` in `groups`.
 
-    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's; lr_scale is, too.
+    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's, and only AdamW uses
+    lr_scale.
     """
     matrices = set()
     for module in modules if muon else []:

@@ -61,7 +61,7 @@ def flag(default, text: str):
 class Settings:
     """Hyperparameters of a run, each a flag of train.py; the defaults are those of preset tiny."""
 
-    preset: str = flag("tiny", "model size: tiny, small or paper")
+    preset: str = flag("tiny", "sizes and defaults: tiny, small or paper")
     stage: str = flag("", f"one of {', '.join(ALL_STAGES)} (default: the first three)")
     init_from: str = flag("", "model.pt or Stable Diffusion folder to start from")
     trainable: str = flag("", 'train only parameters that match, e.g. "adaptor|temporal|fps"')
@@ -69,9 +69,10 @@ class Settings:
     vae_steps: int = flag(800, "training steps of stage vae; 0 leaves it out")
     image_steps: int = flag(300, "training steps of stage image")
     video_steps: int = flag(3400, "training steps of stage video")
-    cascade_steps: int = flag(2000, "training steps of stage interpolate or upscale")
+    interpolate_steps: int = flag(2000, "training steps of stage interpolate")
+    upscale_steps: int = flag(2000, "training steps of stage upscale")
     batch_size: int = flag(16, "clips per step, of all processes (stage image: times the frames)")
-    vae_batch_size: int = flag(12, "frames per step of stage vae")
+    vae_batch_size: int = flag(16, "frames per step of stage vae")
     accumulate: int = flag(1, "micro-batches per step: less memory, more time")
     lr: float = flag(2.5e-3, "peak learning rate of AdamW")
     muon_lr: float = flag(0.02, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
@@ -84,22 +85,17 @@ class Settings:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     data: str = flag("shapes", 'folder of clips, or "shapes"')
     frame_store: str = flag("runs/frames", "where the decoded frames of a folder are kept")
-    cache: int = flag(3600, "clips whose latents stay in memory; 0 = encoded every step")
+    cache: int = flag(3600, "cuts of clips whose latents stay in memory; 0 = encode every step")
     save_every: int = flag(500, "steps between checkpoints")
     sample_every: int = flag(500, "steps between pictures and held-out losses; 0 = none")
     seed: int = flag(0, "of weights, data and noise")
-
-    def steps(self, stage: str) -> int:
-        """Return the number of training steps of a stage."""
-        return getattr(self, f"{stage if stage in BASE_STAGES else 'cascade'}_steps")
 
 
 GROUPS = {"preset": "what", "vae_steps": "how long", "batch_size": "optimisation", "data": "data",
           "save_every": "run"}  # of flags, by their first one
 GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "video_lr_scale": 1.0, "kl_weight": 1e-4,
-                "cascade_steps": 50_000}
+                "interpolate_steps": 50_000, "upscale_steps": 50_000}
 PRESET_SETTINGS = {
-    "tiny": {},
     "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
               "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
     "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "ema": 0.9999,
@@ -170,17 +166,23 @@ def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str
 
     random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4).
     """
-    shards = world() * s.accumulate
-    shard = slice(rank() * s.accumulate + micro, size, shards)
+    shard = slice(rank() * s.accumulate + micro, size, world() * s.accumulate)
     items = []
+    orders = {}
     for n in range(size)[shard]:  # every item once an epoch, each epoch shuffled anew
         epoch, position = divmod(step * size + n, len(clips))
-        order = torch.randperm(len(clips), generator=make_generator(s.seed, stage, 0, epoch))
+        if epoch not in orders:
+            generator = make_generator(s.seed, stage, 0, epoch)
+            orders[epoch] = torch.randperm(len(clips), generator=generator)
         if isinstance(clips, ClipDataset):  # not latents
             clips.set_epoch(epoch)
-        items.append(clips[int(order[position])])
-    generator = make_generator(s.seed, stage, 1, step)
-    return items, lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
+        items.append(clips[int(orders[epoch][position])])
+    return items, make_random(make_generator(s.seed, stage, 1, step), size, shard)
+
+
+def make_random(generator: torch.Generator, size: int, shard: slice = slice(None)) -> Callable:
+    """Make a function that draws for a batch of `size` and keeps a shard of it."""
+    return lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
 
 
 class StageLoss(nn.Module):
@@ -199,20 +201,20 @@ class StageLoss(nn.Module):
     def forward(self, items: list[dict], random: Callable,
                 frames: int) -> tuple[Tensor, Tensor | None]:
         """Compute the loss of the stage on `frames` frames in a row of each clip."""
-        like = self.model.unet.conv_in.weight
+        weight = self.model.unet.conv_in.weight  # has the device and type of all inputs
         clips = [item["z0"] if "z0" in item else item["video"] for item in items]
-        # the image model is the video model's first frame, since that sees no other (ours)
-        places = 1 if self.stage == "image" else len(clips[0]) - frames + 1
-        first = random(partial(torch.randint, places))
-        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(like)
+        # stage image trains on first frames: with the causal mask frame 1 sees itself alone (ours)
+        num_starts = 1 if self.stage == "image" else len(clips[0]) - frames + 1
+        first = random(partial(torch.randint, num_starts))
+        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(weight)
         if self.stage == "vae":
             return self.vae(x, random), None
         if "video" in items[0] and self.stage != "upscale":
             x = self.model.encode(x)
-        captions = ["" if u < self.s.text_dropout else item["caption"]  # "" trains guidance
+        captions = ["" if u < self.s.text_dropout else item["caption"]  # for guidance
                     for u, item in zip(random(torch.rand), items)]
         context = self.model.encode_text(captions)
-        fps = torch.tensor([item["fps"] for item in items], device=like.device)
+        fps = torch.tensor([item["fps"] for item in items], device=weight.device)
         fps = None if self.stage == "image" else fps
         t = random(partial(torch.randint, self.model.diffusion.num_steps))
         if self.stage in cascade.CASCADE_STAGES:
@@ -222,7 +224,7 @@ class StageLoss(nn.Module):
         return self.model.diffusion.loss(self.network, x, context, fps, t, eps), t
 
     def vae(self, video: Tensor, random: Callable) -> Tensor:
-        """Reconstruction + KL (paper §3, VideoVAE; squared error is ours: no weights needed)."""
+        """Reconstruction + KL (paper §3, VideoVAE; squared error, not LPIPS, is ours)."""
         mean, logvar = self.network.encode(video)
         eps = random(torch.randn, *mean.shape[1:]).to(mean)
         decoded = self.network.decode(self.network.sample_latents(mean, logvar, eps))
@@ -236,11 +238,11 @@ class StageLoss(nn.Module):
 
 
 def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Settings) -> list[dict]:
-    """List the weights that a stage trains, image and video layers, and the step they start at.
+    """Return two parameter groups, image and video weights, each with the step it begins at.
 
-    Stable Diffusion's text encoder and VAE encoder are never trained; otherwise the text encoder
-    trains with the U-Net. Video layers start at zero and learn faster (ours: the paper is silent).
-    Raises InputError for a --trainable that leaves none.
+    Of Stable Diffusion the text encoder and the image part of the VAE are never trained; otherwise
+    the text encoder trains with the U-Net. Video weights start at zero and learn faster (ours: the
+    paper is silent). Raises InputError for a --trainable that leaves none.
     """
     named = dict(network.named_parameters())
     if stage in ("image", "video") and not model.config.pretrained:
@@ -257,17 +259,17 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
         video = []
     if not image and not video:
         raise InputError(f'--trainable "{s.trainable}": matches nothing that stage {stage} trains')
-    # Stage vae sees single frames while its encoder learns, since frames of a clip are too similar
-    # to teach it more than one of them does, and clips in its last fifth, for the temporal layers.
+    # Stage vae sees single frames first, since frames of a clip are nearly duplicates, and clips in
+    # its last fifth, for the temporal layers; with a frozen encoder clips alone.
     start = int(0.8 * s.vae_steps) if any(name.startswith("encoder.") for name in image) else 0
-    image = {"params": [named[name] for name in image], "lr_scale": 1.0, "start": 0}
-    video = {"params": [named[name] for name in video], "lr_scale": s.video_lr_scale}
-    return [image, {**video, "start": start}]
+    return [{"params": [named[name] for name in image], "lr_scale": 1.0, "start": 0},
+            {"params": [named[name] for name in video], "lr_scale": s.video_lr_scale,
+             "start": start}]
 
 
 def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
-            resumed: dict | None) -> tuple[list[nn.Parameter], list, EMA]:
-    """Return the weights that train, their optimizers and moving average: new, or as saved."""
+            resumed: dict | None) -> tuple[list[torch.optim.Optimizer], EMA]:
+    """Return the optimizers and the moving average of a stage: new, or as they were saved."""
     groups = parameter_groups(model, network, stage, s)
     parameters = [p for group in groups for p in group["params"]]
     for module in (model, network):
@@ -285,7 +287,7 @@ def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
             optimizer.load_state_dict(state)
         ema.shadow = [average.to(model.device) for average in resumed["ema"]]
         ema.count = resumed["step"]
-    return parameters, optimizers, ema
+    return optimizers, ema
 
 
 def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, stage: str,
@@ -297,15 +299,16 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
     network = model.vae if stage == "vae" else model.unet
     if stage in cascade.CASCADE_STAGES:
         network = cascade.build(model, stage)
-    parameters, optimizers, ema = prepare(model, network, stage, s, resumed)
-    stage_loss = compute_loss = StageLoss(model, network, stage, s)
+    optimizers, ema = prepare(model, network, stage, s, resumed)
+    stage_loss = StageLoss(model, network, stage, s)
+    compute_loss = stage_loss
     if world() > 1:
         compute_loss = DistributedDataParallel(stage_loss, find_unused_parameters=stage == "vae")
     source = clips
     if s.cache and stage in ("image", "video", "interpolate"):
-        count = s.cache if s.data == "shapes" else max(s.cache, len(clips))
-        source = encode_clips(model, clips, count, rank(), world())
-    steps = s.steps(stage)
+        source = encode_clips(model, clips, max(s.cache, len(clips.captions)), rank(), world())
+    steps = getattr(s, f"{stage}_steps")
+    use_bf16 = s.precision == "bf16" and stage != "vae"  # a VAE in half precision can give NaN
     started = time.time()
     bar = tqdm(range(ema.count, steps), f"{stage:6}", steps, initial=ema.count, dynamic_ncols=True,
                disable=rank() > 0)
@@ -314,17 +317,17 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, steps, s.warmup)
             clips_begin = optimizers[0].param_groups[1]["start"]
             frames = 1 if stage == "image" or step < clips_begin else clips.frames
-            size = {"vae": s.vae_batch_size if frames == 1 else max(4, world() * s.accumulate),
+            size = {"vae": max(1, s.vae_batch_size // frames),
                     "image": s.batch_size * clips.frames}.get(stage, s.batch_size)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             for micro in range(s.accumulate):
                 items, random = read_batch(source, size, step, stage, s, micro)
-                with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
+                with torch.autocast(model.device.type, torch.bfloat16, use_bf16):
                     errors, t = compute_loss(items, random, frames)  # (b,)
                     loss = errors.mean() / s.accumulate
                 loss.backward()
                 total[0] += loss.item() / world()
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(ema.parameters, 1.0)
             total[1] = len(stop)
             if world() > 1:
                 dist.all_reduce(total)
@@ -348,7 +351,8 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
                     with ema.applied():
                         row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
                         picture = out / "samples" / f"{stage}-{done:06d}.png"
-                        save_samples(picture, model, stage, held_out)
+                        if stage in BASE_STAGES:
+                            save_samples(picture, model, stage, held_out)
                 append_log(out / "log.csv", row)
                 if done == steps or total[1] or done % s.save_every == 0:
                     save_run(out, model, network, stage, done, optimizers, ema, clips, s)
@@ -364,7 +368,7 @@ COLUMNS = ("stage", "step", "loss", "held_out_loss", "learning_rate", "seconds",
 
 
 def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, str]:
-    """Average errors (b,) by their timesteps t (b,): at high t the loss is about the caption."""
+    """Average rank 0's errors (b,) by timesteps t (b,): at high t the caption alone tells much."""
     if t is None:
         return {}
     errors = [errors[(t * BINS // num_steps).to(errors.device) == i] for i in range(BINS)]
@@ -382,12 +386,13 @@ def append_log(path: Path, row: dict) -> None:
 
 
 def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:
-    """Put what a trained stage leaves besides its weights in the model."""
+    """Keep the cascade's network in the model, or set the scaling factor of a trained VAE."""
     if stage in cascade.CASCADE_STAGES:
         model.cascade[stage] = network.state_dict()
     if stage == "vae" and model.vae.encoder.conv_in.weight.requires_grad:
         # 1 / standard deviation of the latents, as SD's 0.18215 is
         chosen = range(0, len(clips), max(1, len(clips) // 64))[:64]
+        clips.set_epoch(0)
         model.config.vae.scaling_factor = 1.0
         latents = [model.encode(clips[i]["video"][None]) for i in chosen]
         model.config.vae.scaling_factor = float(1 / torch.cat(latents).std())
@@ -395,21 +400,19 @@ def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipData
 
 @torch.no_grad()
 def held_out_loss(stage_loss: StageLoss, held_out: ClipDataset, frames: int) -> str:
-    """Compute the loss on at most 16 clips never trained on, with the same noise every time."""
-    items = [held_out[i] for i in range(min(len(held_out), 16))]
-    generator = torch.Generator().manual_seed(0)
-    errors, _ = stage_loss(
-        items, lambda draw, *shape: draw((len(items), *shape), generator=generator), frames)
-    return f"{errors.mean():.6f}"
+    """Compute the loss on a batch of clips never trained on, with the same noise every time."""
+    items = [held_out[i] for i in range(min(len(held_out), stage_loss.s.batch_size))]
+    random = make_random(torch.Generator().manual_seed(0), len(items))
+    return f"{stage_loss(items, random, frames)[0].mean():.6f}"
 
 
 def save_samples(path: Path, model: MagicVideo, stage: str, clips: ClipDataset) -> None:
-    """Draw how far a stage is: clips above their reconstructions, or samples of ten steps."""
+    """Draw how far a base stage is: clips and their reconstructions, or samples of ten steps."""
     items = [clips[i] for i in range(min(len(clips), 4))]
     rows = torch.stack([item["video"] for item in items])
     if stage == "vae":
         rows = torch.cat([rows, model.decode(model.encode(rows)).cpu()])
-    elif stage in BASE_STAGES:
+    else:
         captions = [item["caption"] for item in items]
         rows = model.sample(captions, fps=None if stage == "image" else 8, steps=10)
     write_clip(path, film_strip(rows)[None], fps=1)
@@ -468,11 +471,10 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
     """Train all stages of a run, write its model, and say where everything is."""
     say = print if rank() == 0 else lambda text: None
     started = time.time()
-    stages = [s.stage] if s.stage else [stage for stage in BASE_STAGES if s.steps(stage)]
-    if model.config.pretrained and not s.stage:
-        stages.remove("image")
-    elif s.init_from and not s.stage:
-        stages.remove("vae")
+    skipped = "image" if model.config.pretrained else "vae" if s.init_from else ""
+    stages = [stage for stage in BASE_STAGES if getattr(s, f"{stage}_steps") and stage != skipped]
+    stages = [s.stage] if s.stage else stages
+    if skipped == "vae" and not s.stage:
         say(f"the VAE of {s.init_from} stays as it is; --stage vae trains it")
     if resumed:
         stages = stages[stages.index(resumed["stage"]) :]
@@ -512,16 +514,16 @@ def main(arguments: list[str], script: str | None = None) -> None:
         s.stage, s.frames or config.unet.frames)
     size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
     rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
-    clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier,
-                                s.frame_store)
-    processes = []
+    clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier, s.frame_store)
+    smallest = math.gcd(s.batch_size, max(1, s.vae_batch_size // frames))  # batches, in clips
     count = world()
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
-        count = flags.ranks or max(n for n in (1, 2, 4) if n <= os.cpu_count())
-    for name in ("batch_size", "vae_batch_size"):
-        if getattr(s, name) % (count * s.accumulate):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: give a multiple of "
-                             f"{count} processes (--ranks) x {s.accumulate} (--accumulate)")
+        count = flags.ranks or math.gcd(smallest // s.accumulate or 1, os.cpu_count())
+    if smallest % (count * s.accumulate):
+        raise InputError(f"--batch-size {s.batch_size}, --vae-batch-size {s.vae_batch_size}: give "
+                         f"multiples of {count} processes x {s.accumulate} micro-batches, clips of "
+                         f"{frames} frames")
+    processes = []
     if count > world():
         processes = start_ranks(count, [script, *arguments, "--out", str(out)])
     try:
@@ -530,7 +532,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
         if not model:
             captions = [caption for caption in clips.captions if caption]
             model = MagicVideo.from_preset(s.preset, s.frames, captions)
-            # sigma starts at exp(-3): with noise of size 1 the decoder would ignore the latents
+            # log sigma^2 starts at -6: with noise of size 1 the decoder would ignore the latents
             nn.init.constant_(model.vae.quant_conv.bias[model.config.vae.latent_channels :], -6.0)
         train(model.to(device).train(), clips, held_out, s, out, resumed)
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
 """The 3D U-Net of MagicVideo (paper §3.2): Stable Diffusion's image U-Net, taught to see a clip.
 
 Three small parts are added to the image model, and each starts without effect, so that training
-begins from the image model exactly: a `FrameAdaptor` after every 3x3 convolution, a
-`DirectedTemporalAttention` beside every spatial transformer, an `FPSEmbedding` added to the time
-embedding. Image parts bear diffusers' names; the video parts stand in parallel lists, so that no
-image weight changes its name. Read `diffusion.py` next: what this network is for.
+begins from the image model exactly: a `FrameAdaptor` after every 3x3 convolution and
+self-attention, a `DirectedTemporalAttention` beside every spatial transformer, an `FPSEmbedding`
+added to the time embedding. Image parts bear diffusers' names; the video parts stand in parallel
+lists, so that no image weight changes its name. Read `diffusion.py` next: what this network is for.
 """
 
 import math
@@ -40,7 +40,7 @@ class UNetConfig:
 
 
 class FrameAdaptor(nn.Module):
-    """Per-frame affine after a shared 2D convolution: z_i = S_i * conv(z_i) + B_i (paper §3.2.1).
+    """Per-frame affine after a shared convolution: z_i = S_i * Conv2d(z_i) + B_i (paper §3.2.1).
 
     One scale and one shift per frame and channel, (f, c). They start at 1 and 0, so that an image
     model stays itself (shape and start are ours: the paper is silent).
@@ -60,7 +60,7 @@ class FrameAdaptor(nn.Module):
         shape = (frames, -1, 1, 1) if z.ndim == 5 else (frames, 1, -1)
         scale = self.scale.view(shape).to(z.dtype)  # z is bfloat16 under autocast, and stays so
         shift = self.shift.view(shape).to(z.dtype)
-        # z_i = S_i * z_i + B_i
+        # z_i = S_i * Conv2d(z_i) + B_i
         return scale * z + shift
 
 
@@ -78,14 +78,15 @@ def directed_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
         # A = softmax(Q K^T / sqrt(d)) * M, out = A V
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
-    # strict: A = scores.masked_fill(M == 0, -inf).softmax(-1), out = A V, fused in one call
+    # strict: A = scores.masked_fill(M == 0, -inf).softmax(-1); bidirectional: A =
+    # scores.softmax(-1)
     parts = zip(q.split(MAX_BATCH), k.split(MAX_BATCH), v.split(MAX_BATCH))
     causal = mask == "strict"
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=causal) for qkv in parts])
 
 
 class DirectedTemporalAttention(nn.Module):
-    """T-Attn(LN(z)): each pixel's sequence of frames attends to its past and present (§3.2.2).
+    """T-Attn(LN(z)): each spatial location attends over its own past frames (paper §3.2.2).
 
     Frames mix at equal (h, w) only. There is no frame position: order comes from the mask and the
     adaptors, as in the paper. The output projection starts at zero, weight and bias (ours: the
@@ -109,7 +110,7 @@ class DirectedTemporalAttention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z (b, f, c, h, w) -> what to add to z, the same shape."""
         b, f, c, h, w = z.shape
-        # one short sequence per pixel: its f frames
+        # one short sequence per spatial location (h, w): its f frames
         tokens = self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)
         q = split_heads(self.to_q(tokens), self.heads)  # (b*h*w, heads, f, c/heads)
         k = split_heads(self.to_k(tokens), self.heads)
@@ -259,7 +260,7 @@ class TransformerBlock(nn.Module):
         x = self.norm1(tokens).flatten(0, 1)  # (b*f, h*w, c): frames do not see each other
         x = self.attn1(x, x).unflatten(0, (b, f))  # (b, f, h*w, c)
         tokens = tokens + (adaptor(x) if adaptor else x)
-        # every frame reads the same text, so all f*h*w queries of a clip share one set of keys
+        # cross-attention: all f*h*w queries of a clip share one set of keys, those of its text
         x = self.attn2(self.norm2(tokens).flatten(1, 2), context)
         tokens = tokens + x.unflatten(1, (f, n))
         return tokens + self.ff(self.norm3(tokens))

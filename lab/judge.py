@@ -4,7 +4,6 @@ The judge knows neither caption nor model; its thresholds are geometry, fitted t
 Read `data.py` for the data set, then `lab/evaluate.py`, which counts verdicts.
 """
 
-import colorsys
 import math
 from collections import Counter
 
@@ -12,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import COLORS, MOTIONS, shape_captions
+from data import COLORS, MOTIONS, SHAPES, draw_shape, shape_captions
 
 WORDS = ("color", "shape", "motion")  # of a caption
 VERDICTS = (*WORDS, "direction")
-# Of each shape: how much of its bounding box it fills (a triangle 0.5, and more, since an apex
-# thinner than a pixel is not in the box), how much more of the lower half than of the upper, and
-# the logarithm of height over width.
-FILLS = {"circle": (math.pi / 4, 0, 0), "square": (1, 0, 0), "triangle": (0.54, 0.5, 0)}
 # x falls or rises, y falls or rises, the area falls or rises
 TRENDS = (("moving left", "moving right"), ("moving up", "moving down"), ("shrinking", "growing"))
 LEAST_TRENDS = (0.3, 0.3, math.log(2))  # of a clip at 8 frames a second, see ShapesDataset
@@ -89,50 +84,34 @@ def largest_component(mask: Tensor) -> Tensor:
 
 
 def color_word(color: Tensor) -> str | None:
-    """Name a color (3,) in [-1, 1] by its hue, white without one; None if dark, pale or between."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*((color + 1) / 2).tolist())
-    if value <= 0.4:
-        return None
-    if saturation <= 0.5:
-        return "white" if saturation < 0.3 else None
-    hues = {word: colorsys.rgb_to_hsv(*rgb)[0] for word, rgb in COLORS.items() if word != "white"}
-    degrees = {word: abs((hue - hues[word] + 0.5) % 1 - 0.5) * 360 for word in hues}
-    nearest = min(degrees, key=degrees.get)
-    return nearest if degrees[nearest] < 25 else None
+    """Name the color of the data set nearest to (3,) in [-1, 1]; None if all are 0.4 away in RGB."""
+    rgb = ((color + 1) / 2).tolist()
+    distances = {word: math.dist(rgb, COLORS[word]) for word in COLORS}
+    nearest = min(distances, key=distances.get)
+    return nearest if distances[nearest] < 0.4 else None
 
 
 def shape_word(coverage: Tensor) -> str | None:
-    """Name the shape that 3 of 4 frames of (f, h, w) show, by how an object fills its box."""
-    words = []
-    for frame in coverage:
-        left, right = edges(frame.amax(0))
-        top, bottom = edges(frame.amax(1))
-        height = max(bottom - top, 1)
-        width = max(right - left, 1)
-        # A blurred triangle loses its apex and fills its shorter box as a circle does, but its
-        # lower half still more.
-        upper = ((top + bottom) / 2 - torch.arange(len(frame))).clamp(0, 1)  # (h,), part of a row
-        rows = frame.sum(1) / (height * width / 2)
-        over = float(upper @ rows)
-        under = float((1 - upper) @ rows)
-        measured = ((over + under) / 2, under - over, math.log(height / width))
-        distances = {word: math.dist(measured, FILLS[word]) for word in FILLS}
-        nearest = min(distances, key=distances.get)
-        words.append(nearest if distances[nearest] < 0.25 else None)
-    word, votes = Counter(words).most_common(1)[0]
-    return word if votes >= 3 / 4 * len(words) else None
+    """Name the shape that fits 3 of 4 frames of (f, h, w), drawn as large and at the same place.
 
-
-def edges(profile: Tensor) -> tuple[float, float]:
-    """Find where a profile (n,) first rises through 1/2 and last falls through it, in pixels."""
-    p = F.pad(profile, (1, 1))
-    above = (p >= 0.5).nonzero().flatten().tolist()
-    if not above:
-        return 0.0, 0.0
-    a, b = above[0], above[-1]
-    first = a - 0.5 - (p[a] - 0.5) / (p[a] - p[a - 1])
-    last = b - 0.5 + (p[b] - 0.5) / (p[b] - p[b + 1])
-    return float(first), float(last)
+    It fits if its intersection with the object is most, and over 0.8, of their union.
+    """
+    mask = coverage > 0.5  # (f, h, w)
+    area = mask.sum((1, 2)).clamp(min=1)  # (f,), in pixels
+    pixels = torch.arange(len(mask[0])) + 0.5
+    x = mask.float().sum(1) @ pixels / area
+    y = mask.float().sum(2) @ pixels / area
+    overlaps = []
+    for shape in SHAPES:
+        side = (area / {"circle": math.pi / 4, "square": 1, "triangle": 0.5}[shape]).sqrt()
+        # the centroid of a triangle is a sixth of its height below the middle
+        middle = y - side / 6 if shape == "triangle" else y
+        drawn = draw_shape(shape, len(mask[0]), x.numpy(), middle.numpy(), side.numpy())
+        drawn = torch.from_numpy(drawn) > 0.5
+        overlaps.append((mask & drawn).sum((1, 2)) / (mask | drawn).sum((1, 2)))
+    best, index = torch.stack(overlaps).max(0)  # (f,) each
+    votes = Counter(SHAPES[i] for i in index[best > 0.8].tolist()).most_common(1)
+    return votes[0][0] if votes and votes[0][1] >= 3 / 4 * len(mask) else None
 
 
 def motion_words(coverage: Tensor, times: Tensor, fps: float) -> tuple[str | None, str]:

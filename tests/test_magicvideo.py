@@ -30,7 +30,7 @@ def test_a_sample_is_a_clip_of_the_models_size_in_minus_one_to_one_and_its_laten
     assert model.sample([PROMPT], fps=None, steps=2).shape == (1, 1, 3, 16, 16)  # the image model
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"sampler": "ddpm"}])
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}])
 def test_a_seed_gives_one_clip_bit_for_bit_whatever_its_neighbours(model, options):
     sample = partial(model.sample, steps=3, **options)
     both = sample([PROMPT, "a blue square growing"], seed=5)
@@ -41,7 +41,7 @@ def test_a_seed_gives_one_clip_bit_for_bit_whatever_its_neighbours(model, option
 
 
 @pytest.mark.parametrize("changes", [
-    {"fps": 16}, {"guidance": 3.0}, {"sampler": "ddpm"}, {"eta": 1.0}, {"steps": 4},
+    {"fps": 16}, {"guidance": 3.0}, {"sampler": "ddpm"}, {"steps": 4},
     {"prompts": "a blue square growing"}, {"prompts": ""}])
 def test_every_argument_of_sampling_has_an_effect(model, changes):
     plain = model.sample(PROMPT, steps=3)
@@ -72,7 +72,7 @@ def test_the_sizes_of_every_preset_fit_together(name):
 def test_defaults_are_the_papers_and_stable_diffusions():
     parameters = inspect.signature(MagicVideo.sample).parameters
     defaults = {name: p.default for name, p in parameters.items()}
-    asked = {"fps": 8, "steps": 50, "guidance": None, "sampler": "ddim", "seed": 0, "eta": 0.0}
+    asked = {"fps": 8, "steps": 50, "guidance": None, "sampler": "ddim", "seed": 0}
     assert asked.items() <= defaults.items()
     assert PRESETS["paper"].guidance == 7.5 and PRESETS["paper"].unet.frames == 16
     assert [name for name, config in PRESETS.items() if config.staggered] == ["tiny"]
@@ -91,15 +91,6 @@ def test_a_saved_model_comes_back_whole_from_its_file_and_from_the_folder_of_its
         assert torch.equal(loaded.sample(PROMPT, steps=2), model.sample(PROMPT, steps=2))
     with pytest.raises(InputError, match="--frames 8: .*model.pt makes 4"):
         MagicVideo.load(tmp_path, frames=8)
-
-
-def test_a_model_saved_in_half_precision_is_half_as_large_and_loads_in_float32(model, tmp_path):
-    model.save(tmp_path / "whole.pt")
-    model.save(tmp_path / "half.pt", torch.float16)
-    assert os.path.getsize(tmp_path / "half.pt") < 0.7 * os.path.getsize(tmp_path / "whole.pt")
-    weights = MagicVideo.load(tmp_path / "half.pt").state_dict()
-    for name, p in model.state_dict().items():
-        torch.testing.assert_close(weights[name], p, rtol=1e-3, atol=1e-6)  # and float32
 
 
 def edit(path, change):

@@ -89,7 +89,7 @@ def test_without_checkpoint_the_newest_run_is_taken_and_without_runs_the_way_is_
 @pytest.mark.parametrize("flags, words", [
     ("--steps 0", "--steps 0.*1 to 1000"), ("--steps 1001", "--steps 1001.*1 to 1000"),
     ("--fps 0", "--fps 0"), ("--fps nan", "--fps nan"), ("--fps 101", "--fps 101.*100.*gif"),
-    ("--fps 30 --interpolate", "--fps 30.* 25 .*gif.*--interpolate"), ("--eta -1", "--eta -1"),
+    ("--fps 30 --interpolate", "--fps 30.* 25 .*gif.*--interpolate"),
     ("--seed -1", "--seed -1"), ("--seed 4294967296", "--seed 4294967296.* 4294967295"),
     ("--guidance inf", "--guidance inf"), ("--out clip.txt", "clip.txt.*gif"),
     ("--sampler euler", "euler.*ddim or ddpm"),
