@@ -23,7 +23,7 @@ import train
 from data import ShapesDataset
 from lab import evaluate
 from lab.judge import LABELS
-from lab.results import check_ranges, run_command, write_results
+from lab.results import check_ranges, print_table, run_command, write_results
 from magicvideo import MagicVideo
 from sample import SHIPPED
 from unet3d import SpatialTransformer
@@ -42,7 +42,7 @@ UNTRAINED = {"without adaptors": "adaptor", "spatial alone": "temporal",
 def train_once(folder: Path, variant: str, *flags) -> str:
     """Train a variant in `folder` with flags of train.py, or go on, or take what is there."""
     if not (folder / "done").exists():
-        flags = [*map(str, flags), "--sample-every", "0"]
+        flags = [*map(str, flags), "--cache", "400", "--sample-every", "0"]
         if variant in UNTRAINED:
             flags += ["--trainable", f"^(?!.*{UNTRAINED[variant]})"]
         is_stopped = (folder / "checkpoint.pt").exists()
@@ -86,34 +86,31 @@ def held_out_error(model: MagicVideo) -> float:
     return float(torch.cat(errors).mean())
 
 
-def measure_unet(variant: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
-    """Train a U-Net and sample held-out captions: its error, and how much is right."""
+def measure(variant: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
+    """Train a variant and measure it on held-out captions."""
+    folder = out / f"{variant} {seed}".replace(" ", "-")
+    if flags.claim == "flicker":
+        path = train_once(folder, variant, "--stage", "vae", "--seed", seed, "--vae-steps",
+                          flags.steps)
+        evaluate.main(["--checkpoint", path, "--reconstruction", "--out", str(folder)])
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        return {row["name"]: row["PSNR"] for row in rows}
+
     start = out / f"start-{seed}.pt"
     fresh_model(seed).save(start)
-    common = ("--seed", seed, "--cache", flags.cache, "--init-from")
-    steps = flags.image_steps + flags.video_steps  # a step of stage image sees as many frames
+    steps = flags.image_steps + flags.steps  # a step of stage image sees as many frames
     if variant != "from scratch":
-        image = train_once(out / f"image-{seed}", "", "--stage", "image", "--image-steps",
-                           flags.image_steps, *common, start)
+        image = train_once(out / f"image-{seed}", "", "--stage", "image", "--init-from", start,
+                           "--image-steps", flags.image_steps, "--seed", seed)
         alter(MagicVideo.load(image), variant).save(start)
-        steps = flags.video_steps
-    folder = out / f"{variant} {seed}".replace(" ", "-")
-    path = train_once(folder, variant, "--stage", "video", "--video-steps", steps, *common, start)
+        steps = flags.steps
+    path = train_once(folder, variant, "--stage", "video", "--init-from", start, "--video-steps",
+                      steps, "--seed", seed)
     evaluate.main(["--checkpoint", path, "--split", "test", "--seeds", "1", "--steps", "25",
                    "--out", str(folder)])
-    row = json.loads((folder / "results.json").read_text())["rows"][0]
+    counts = json.loads((folder / "results.json").read_text())["counts"][0]
     return {"held-out error": held_out_error(MagicVideo.load(path)),
-            **{label: row[key]["rate"] for key, label in LABELS.items()}}
-
-
-def measure_vae(variant: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
-    """Train a VideoVAE: PSNR in dB of held-out clips and of their frame differences."""
-    folder = out / f"{variant} {seed}".replace(" ", "-")
-    path = train_once(folder, variant, "--stage", "vae", "--seed", seed, "--vae-steps",
-                      flags.vae_steps)
-    evaluate.main(["--checkpoint", path, "--reconstruction", "--out", str(folder)])
-    psnr = json.loads((folder / "results.json").read_text())["psnr"]
-    return {name: psnr[f"{name}, with temporal layers"] for name in ("clips", "differences")}
+            **{label: counts[key]["rate"] for key, label in LABELS.items()}}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,27 +119,22 @@ def main(arguments: list[str] | None = None) -> None:
                                      "short trainings that differ in one thing.")
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every variant (3)")
-    parser.add_argument("--vae-steps", type=int, default=800, help="of flicker (800)")
-    parser.add_argument("--image-steps", type=int, default=150, help="of the others (150)")
-    parser.add_argument("--video-steps", type=int, default=150, help="after these (150)")
-    parser.add_argument("--cache", type=int, default=400, help="as of train.py (400)")
-    parser.add_argument("--out", default="runs/ablation", help="folder of the runs (%(default)s)")
+    parser.add_argument("--image-steps", type=int, default=150, help="of stage image (150)")
+    parser.add_argument("--steps", type=int, default=150, help="of the stage that differs (150)")
+    parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
-    check_ranges(flags, seeds=(1, 1000), vae_steps=(1, 1e9), image_steps=(1, 1e9),
-                 video_steps=(1, 1e9), cache=(1, 1e9))
-    measure = measure_vae if flags.claim == "flicker" else measure_unet
-    steps = (flags.vae_steps, flags.image_steps, flags.video_steps, flags.cache)
-    out = Path(flags.out) / "-".join(map(str, steps))  # runs of other lengths are others
+    check_ranges(flags, seeds=(1, 1000), image_steps=(1, 1e9), steps=(1, 1e9))
+    out = Path(flags.out) / f"{flags.image_steps}-{flags.steps}"  # other lengths are other runs
     found = {variant: [measure(variant, seed, out, flags) for seed in range(flags.seeds)]
              for variant in CLAIMS[flags.claim]}
-    print(f"{flags.claim}: mean [least, most] of {flags.seeds} seeds")
-    for variant, rows in found.items():
-        print(f"  {variant}")
-        for name in rows[0]:
-            values = [row[name] for row in rows]
-            mean = sum(values) / len(values)
-            print(f"    {name:28}{mean:8.3f} [{min(values):.3f}, {max(values):.3f}]")
-    write_results(out / f"{flags.claim}.json", flags, {"variants": found})
+    rows = []
+    for variant, measured in found.items():
+        for name in measured[0]:
+            values = [of_seed[name] for of_seed in measured]
+            rows.append({flags.claim: variant, "": name, "mean": sum(values) / len(values),
+                         "least": min(values), "most": max(values)})
+    print_table(rows)
+    write_results(out / f"{flags.claim}.json", flags, {"rows": rows, "variants": found})
 
 
 if __name__ == "__main__":

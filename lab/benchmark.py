@@ -7,9 +7,9 @@ operations a value) are left out, and so is what a mask saves.
 
 import argparse
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,17 +28,21 @@ from unet3d import UNet3D
 from vae import VideoVAE
 
 
-def flops(run: Callable, attention: bool = False) -> int:
-    """Count the operations of `run()`; with `attention` those of Q K^T and A V alone."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return sum(n for kind, n in counter.get_flop_counts()["Global"].items()
-               if not attention or "bmm" in str(kind) or "dot_product" in str(kind))
-
-
 def parameters(module: nn.Module, part: str = "") -> int:
     """Count the parameters whose names contain `part`."""
     return sum(p.numel() for name, p in module.named_parameters() if part in name)
+
+
+def flops(module: nn.Module, inputs: tuple, part: str = "", attention: bool = False) -> int:
+    """Count the operations of a call: of modules of a name, or those of Q K^T and A V alone."""
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    total = 0
+    for name, operations in counter.get_flop_counts().items():
+        if name == "Global" if not part else re.search(rf"\.{part}(\.\d+)?$", name):
+            total += sum(n for kind, n in operations.items()
+                         if not attention or "bmm" in str(kind) or "dot_product" in str(kind))
+    return total
 
 
 def unet_inputs(config: MagicVideoConfig, clips: int, side: int) -> tuple[Tensor, ...]:
@@ -50,35 +54,26 @@ def unet_inputs(config: MagicVideoConfig, clips: int, side: int) -> tuple[Tensor
 
 
 def count(config: MagicVideoConfig) -> list[dict]:
-    """Count each part: its parameters, its GFLOP for one clip and, of the U-Net, one step."""
+    """Count parameters, and GFLOP of a clip: of all its frames, and of one step of the U-Net."""
     side = config.size // 2 ** (len(config.vae.channels) - 1)
     with torch.device("meta"):
-        text = CLIPTextEncoder(config.text)
         unet = UNet3D(config.unet)
         vae = VideoVAE(config.vae)
-        z, t, context, fps = unet_inputs(config, 1, side)
+        inputs = unet_inputs(config, 1, side)
+        frames = torch.empty(config.unet.frames, 3, config.size, config.size)
         tokens = torch.empty(1, config.text.context_length, dtype=torch.long)
-        pixels = torch.empty(1, config.unet.frames, 3, config.size, config.size)
-        image = flops(lambda: unet(z, t, context))
-        embed = flops(lambda: unet.fps_embedding(fps))
-        video = flops(lambda: unet(z, t, context, fps))
-        decode_frames = flops(lambda: vae.decode(z.transpose(0, 1)))
-        decode = flops(lambda: vae.decode(z))
-        encode = flops(lambda: vae.encode(pixels))
-        encode_text = flops(lambda: text(tokens))
-    added = [parameters(unet, part) for part in ("adaptor", "temporal", "fps_embedding")]
-    encoder = parameters(vae.encoder) + parameters(vae.quant_conv)
-    temporal = parameters(vae, "temporal")
-    parts = [("text encoder", parameters(text), encode_text),
-             ("VAE encoder", encoder, encode),
-             ("U-Net, image parts", parameters(unet) - sum(added), image),
-             ("  + adaptors", added[0], 0),
-             ("  + temporal attention", added[1], video - image - embed),
-             ("  + FPS embedding", added[2], embed),
-             ("VAE decoder, image parts", parameters(vae) - encoder - temporal, decode_frames),
-             ("  + temporal attention", temporal, decode - decode_frames)]
-    return [{config.preset: part, "parameters": size, "GFLOP per clip": operations / 1e9}
-            for part, size, operations in parts]
+        calls = (("text encoder", CLIPTextEncoder(config.text), (tokens,), ""),
+                 ("VAE encoder", vae.encoder, (frames,), ""),
+                 ("3D U-Net", unet, inputs, ""),
+                 ("  its adaptors", unet, inputs, "adaptor"),
+                 ("  its temporal attention", unet, inputs, "temporal_attentions"),
+                 ("  its FPS embedding", unet, inputs, "fps_embedding"),
+                 ("VAE decoder", vae.decoder, (inputs[0][0], config.unet.frames), ""),
+                 ("  its temporal attention", vae.decoder, (inputs[0][0], config.unet.frames),
+                  "temporal_attentions"))
+        return [{config.preset: name, "parameters": parameters(module, part),
+                 "GFLOP": flops(module, inputs, part) / 1e9}
+                for name, module, inputs, part in calls]
 
 
 def ratio_to_pixels() -> list[dict]:
@@ -93,10 +88,10 @@ def ratio_to_pixels() -> list[dict]:
         with torch.device("meta"):
             network = UNet3D(unet)
             inputs = unet_inputs(replace(PRESETS["paper"], unet=unet), 1, side)[:3]
-            whole = flops(lambda: network(*inputs)) / 1e9
-            attention = flops(lambda: network(*inputs), attention=True) / 1e9
+            whole = flops(network, inputs) / 1e9
+            attention = flops(network, inputs, attention=True) / 1e9
         counts.append((whole - attention, attention, whole))
-    return [{"paper's image U-Net": part, "256^2 pixels": pixels, "32^2 latents": latents,
+    return [{"paper, image U-Net": part, "256^2 pixels": pixels, "32^2 latents": latents,
              "ratio": pixels / latents}
             for part, pixels, latents in zip(("layers", "attention", "whole"), *counts)]
 
@@ -125,39 +120,22 @@ class DiffusersUNet(nn.Module):
         return self.unet(z.transpose(1, 2), t, context).sample.transpose(1, 2)
 
 
-def training_step(unet: nn.Module, inputs: list[Tensor]) -> Callable:
-    """Make a step of training: the loss, its gradients, AdamW."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
-
-    def step() -> None:
-        F.mse_loss(unet(*inputs), inputs[0]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def training_step(network: nn.Module, inputs: list[Tensor]) -> None:
+    """Compute a loss and its gradients, as a step of training does."""
+    F.mse_loss(network(*inputs), inputs[0]).backward()
 
 
-def sampling_step(unet: nn.Module, inputs: list[Tensor]) -> Callable:
-    """Make a step of sampling under guidance: one clip with text and without."""
-    return torch.no_grad()(lambda: unet(*(x[:1].repeat_interleave(2, 0) for x in inputs)))
-
-
-def medians(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
-    """Time steps in turn, so that a noisy machine is noisy for each: median seconds of `rounds`."""
-    seconds = {name: [] for name in steps}
-    for i in tqdm(range(-2, rounds), "rounds", disable=None):  # the first two are not counted
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if i >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+@torch.no_grad()
+def sampling_step(network: nn.Module, inputs: list[Tensor]) -> None:
+    """Call the network as a step of sampling does: for one clip, with text and without."""
+    network(*(x[:1].repeat_interleave(2, 0) for x in inputs))
 
 
 def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
-    """Time training steps of `clips` clips and sampling steps of one: preset tiny and diffusers'."""
+    """Time training steps of `clips` clips and sampling steps of one: preset tiny and diffusers'.
+
+    Networks take turns, so that a noisy machine is noisy for each; medians of `rounds` steps.
+    """
     torch.set_flush_denormal(True)
     inputs = [x.to(device) for x in unet_inputs(PRESETS["tiny"], clips, side=8)]
     networks = {"MagicVideo": UNet3D(PRESETS["tiny"].unet).to(device)}
@@ -167,12 +145,19 @@ def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
     except ImportError:
         print("diffusers is left out; pip install diffusers to compare with it")
     rows = []
-    for kind, make in (("training", training_step), ("sampling", sampling_step)):
-        steps = {name: make(network, inputs) for name, network in networks.items()}
-        seconds = medians(steps, rounds, device)
-        rows += [{"step": kind, "network": name, "parameters": parameters(networks[name]),
-                  "seconds": value, "ratio": value / seconds["MagicVideo"]}
-                 for name, value in seconds.items()]
+    for step in (training_step, sampling_step):
+        seconds = {name: [] for name in networks}
+        for i in tqdm(range(-2, rounds), step.__name__, disable=None):  # two do not count
+            for name, network in networks.items():
+                started = time.perf_counter()
+                step(network, inputs)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[name] += [time.perf_counter() - started] if i >= 0 else []
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        rows += [{"network": name, "parameters": parameters(networks[name]), "step": step.__name__,
+                  "seconds": median, "ratio": median / medians["MagicVideo"]}
+                 for name, median in medians.items()]
     return rows
 
 

@@ -1,7 +1,7 @@
 """Judge what a clip shows: the color, shape and motion of its object, from pixels alone (ours).
 
 The judge knows neither caption nor model; its thresholds are geometry, fitted to no model's clips.
-Read `data.py` for the data set, then `lab/evaluate.py`, which counts verdicts.
+Read `lab/evaluate.py` next, which counts verdicts.
 """
 
 import math
@@ -14,7 +14,6 @@ from torch import Tensor
 from data import COLORS, MOTIONS, SHAPES, draw_shape, shape_captions
 
 WORDS = ("color", "shape", "motion")  # of a caption
-VERDICTS = (*WORDS, "direction")
 # x falls or rises, y falls or rises, the area falls or rises
 TRENDS = (("moving left", "moving right"), ("moving up", "moving down"), ("shrinking", "growing"))
 LEAST_TRENDS = (0.3, 0.3, math.log(2))  # of a clip at 8 frames a second, see ShapesDataset
@@ -30,7 +29,7 @@ def judge(video: Tensor, fps: float = 8) -> dict[str, str | None]:
     """
     segmented = segment_object(video)
     if segmented is None:
-        return dict.fromkeys(VERDICTS)
+        return dict.fromkeys((*WORDS, "direction"))
     color, coverage, times = segmented
     motion, direction = motion_words(coverage, times, fps)
     return {"color": color, "shape": shape_word(coverage), "motion": motion, "direction": direction}
@@ -98,14 +97,13 @@ def shape_word(coverage: Tensor) -> str | None:
     """
     mask = coverage > 0.5  # (f, h, w)
     area = mask.sum((1, 2)).clamp(min=1)  # (f,), in pixels
-    pixels = torch.arange(len(mask[0])) + 0.5
-    x = mask.float().sum(1) @ pixels / area
-    y = mask.float().sum(2) @ pixels / area
+    centers = torch.arange(len(mask[0])) + 0.5
+    x = mask.float().sum(1) @ centers / area  # (f,)
+    y = mask.float().sum(2) @ centers / area
     overlaps = []
-    for shape in SHAPES:
-        side = (area / {"circle": math.pi / 4, "square": 1, "triangle": 0.5}[shape]).sqrt()
-        # the centroid of a triangle is a sixth of its height below the middle
-        middle = y - side / 6 if shape == "triangle" else y
+    for shape, fill in zip(SHAPES, (math.pi / 4, 1, 1 / 2)):  # of its bounding box
+        side = (area / fill).sqrt()
+        middle = y - side / 6 if shape == "triangle" else y  # where its box has its middle
         drawn = draw_shape(shape, len(mask[0]), x.numpy(), middle.numpy(), side.numpy())
         drawn = torch.from_numpy(drawn) > 0.5
         overlaps.append((mask & drawn).sum((1, 2)) / (mask | drawn).sum((1, 2)))
@@ -138,16 +136,28 @@ def fit_trends(coverage: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
 
     coverage (f, h, w), times (f,) -> slopes per frame (3,), explained shares of variance (3,).
     """
-    _, h, w = coverage.shape
-    area = coverage.sum((1, 2)).clamp(min=1e-6)  # (f,)
-    x = coverage.sum(1) @ torch.arange(float(w)) / area / w
-    y = coverage.sum(2) @ torch.arange(float(h)) / area / h
-    tracks = torch.stack([x, y, area.log()])  # (3, f)
+    tracks = object_tracks(coverage)
     tracks = tracks - tracks.mean(1, keepdim=True)
     times = times - times.mean()
     slopes = tracks @ times / (times @ times).clamp(min=1e-6)
     residual = (tracks - slopes[:, None] * times).square().sum(1)
     return slopes, 1 - residual / tracks.square().sum(1).clamp(min=1e-9)
+
+
+def object_tracks(coverage: Tensor) -> Tensor:
+    """Follow x and y (in frame widths and heights) and log area: coverage (f, h, w) -> (3, f)."""
+    _, h, w = coverage.shape
+    area = coverage.sum((1, 2)).clamp(min=1e-6)  # (f,)
+    x = coverage.sum(1) @ torch.arange(float(w)) / area / w
+    y = coverage.sum(2) @ torch.arange(float(h)) / area / h
+    return torch.stack([x, y, area.log()])
+
+
+def expected_trend(caption: str) -> tuple[int, int]:
+    """Return which trend a caption asks for, and the sign of its slope."""
+    motion = caption.split(" ", 3)[3]
+    trend = next(i for i, words in enumerate(TRENDS) if motion in words)
+    return trend, 2 * TRENDS[trend].index(motion) - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,18 +179,16 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     p, z = right / n, 1.959964
     middle = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    low = (middle - spread) / (1 + z * z / n)
-    high = (middle + spread) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
 def count(name: str, captions: list[str], verdicts: list[dict]) -> dict:
-    """Count of how many clips each verdict is the caption's: {"name", "clips", verdict: rate}."""
+    """Count of how many clips each verdict is the caption's."""
     hits = {key: [] for key in LABELS}
     for caption, verdict in zip(captions, verdicts):
-        truth = dict(zip(WORDS, caption.split(" ", 3)[1:]))
-        truth["direction"] = truth["motion"]
-        for key in VERDICTS:
+        color, shape, motion = caption.split(" ", 3)[1:]
+        truth = {"color": color, "shape": shape, "motion": motion, "direction": motion}
+        for key in truth:
             hits[key].append(verdict[key] == truth[key])
         hits["all three"].append(all(hits[word][-1] for word in WORDS))
     n = len(captions)

@@ -32,9 +32,8 @@ def print_table(rows: list[dict]) -> None:
     """Print rows of the same keys under these, numbers on the right of their columns."""
     table = [[str(key) for key in row] for row in rows[:1]]
     for row in rows:
-        table.append([f"{value:.4g}" if isinstance(value, float) else
-                      f"{value:,}" if isinstance(value, int) else str(value)
-                      for value in row.values()])
+        formats = {float: "{:,.3f}", int: "{:,}"}
+        table.append([formats.get(type(value), "{}").format(value) for value in row.values()])
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *cells in table:
         cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
