@@ -345,7 +345,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
                 done = step + 1
                 row = {"stage": stage, "step": done, "loss": f"{total[0]:.6f}",
                        "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
-                       "seconds": f"{time.time() - started:.1f}",
+                       "seconds": f"{time.time() - started:.2f}",
                        **loss_by_timestep_bin(errors, t, model.diffusion.num_steps)}
                 if s.sample_every and (done == steps or done % s.sample_every == 0):
                     with ema.applied():
