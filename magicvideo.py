@@ -124,7 +124,7 @@ class MagicVideo(nn.Module):
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """Encode clips (b, f, 3, h, w) to scaled posterior means; SD draws samples (ours)."""
+        """Encode clips (b, f, 3, h, w) to scaled posterior means (paper §3; SD draws samples)."""
         with torch.autocast(self.device.type, enabled=False):  # the VAE keeps full precision
             mean, _ = self.vae.encode(videos.to(self.unet.conv_in.weight))
         return self.config.vae.scaling_factor * mean
