@@ -82,10 +82,9 @@ class MagicVideo(nn.Module):
 
     @classmethod
     def from_stable_diffusion(cls, folder: str | Path, frames: int = 16) -> "MagicVideo":
-        """Load a diffusers-layout SD 1.x folder as the image model of a video model (paper §3).
+        """Load a diffusers-layout SD 1.x folder; video parts start without effect (paper §3).
 
-        The video parts start without effect, so that each frame is SD's. Raises InputError for
-        another kind of folder, and for a weight that is missing, left over or of another shape.
+        Raises InputError for another folder, or a weight missing, left over or of another shape.
         """
         from stable_diffusion import load_stable_diffusion
         return load_stable_diffusion(Path(folder), frames)
