@@ -6,14 +6,13 @@ operations a value) are left out, and so is what a mask saves.
 """
 
 import argparse
-import os
 import re
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
+from lab.results import check_ranges, report, run_command  # before torch: sets how threads wait
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from clip_text import CLIPTextEncoder
-from lab.results import check_ranges, print_table, run_command, write_results
 from magicvideo import PRESETS, MagicVideoConfig, pick_device
 from unet3d import UNet3D
 from vae import VideoVAE
@@ -37,12 +35,10 @@ def flops(module: nn.Module, inputs: tuple, part: str = "", attention: bool = Fa
     """Count the operations of a call: of modules of a name, or those of Q K^T and A V alone."""
     with FlopCounterMode(display=False) as counter:
         module(*inputs)
-    total = 0
-    for name, operations in counter.get_flop_counts().items():
-        if name == "Global" if not part else re.search(rf"\.{part}(\.\d+)?$", name):
-            total += sum(n for kind, n in operations.items()
-                         if not attention or "bmm" in str(kind) or "dot_product" in str(kind))
-    return total
+    pattern = rf"\.{part}(\.\d+)?$" if part else "^Global$"
+    return sum(n for name, operations in counter.get_flop_counts().items()
+               for kind, n in operations.items() if re.search(pattern, name)
+               and (not attention or "bmm" in str(kind) or "dot_product" in str(kind)))
 
 
 def unet_inputs(config: MagicVideoConfig, clips: int, side: int) -> tuple[Tensor, ...]:
@@ -60,20 +56,16 @@ def count(config: MagicVideoConfig) -> list[dict]:
         unet = UNet3D(config.unet)
         vae = VideoVAE(config.vae)
         inputs = unet_inputs(config, 1, side)
-        frames = torch.empty(config.unet.frames, 3, config.size, config.size)
-        tokens = torch.empty(1, config.text.context_length, dtype=torch.long)
-        calls = (("text encoder", CLIPTextEncoder(config.text), (tokens,), ""),
-                 ("VAE encoder", vae.encoder, (frames,), ""),
-                 ("3D U-Net", unet, inputs, ""),
-                 ("  its adaptors", unet, inputs, "adaptor"),
-                 ("  its temporal attention", unet, inputs, "temporal_attentions"),
-                 ("  its FPS embedding", unet, inputs, "fps_embedding"),
-                 ("VAE decoder", vae.decoder, (inputs[0][0], config.unet.frames), ""),
-                 ("  its temporal attention", vae.decoder, (inputs[0][0], config.unet.frames),
-                  "temporal_attentions"))
-        return [{config.preset: name, "parameters": parameters(module, part),
+        tokens = torch.zeros(1, config.text.context_length, dtype=torch.long)
+        frames = torch.zeros(config.unet.frames, 3, config.size, config.size)
+        calls = (("text encoder", CLIPTextEncoder(config.text), (tokens,)),
+                 ("VAE encoder", vae.encoder, (frames,)), ("3D U-Net", unet, inputs),
+                 ("VAE decoder", vae.decoder, (inputs[0][0], config.unet.frames)))
+        return [{config.preset: f"{name} {part}", "parameters": parameters(module, part),
                  "GFLOP": flops(module, inputs, part) / 1e9}
-                for name, module, inputs, part in calls]
+                for name, module, inputs in calls
+                for part in ("", "adaptor", "temporal_attentions", "fps_embedding")
+                if parameters(module, part)]
 
 
 def ratio_to_pixels() -> list[dict]:
@@ -82,18 +74,18 @@ def ratio_to_pixels() -> list[dict]:
     The same image U-Net on 256 x 256 pixels and on 32 x 32 latents. 64 = (256 / 32)^2 positions is
     the ratio of layers that see one position at a time; self-attention sees pairs: 64^2.
     """
-    counts = []
-    for channels, side in ((3, 256), (4, 32)):
+    rows = []
+    for name, channels, side in (("256 x 256 pixels", 3, 256), ("32 x 32 latents", 4, 32)):
         unet = replace(PRESETS["paper"].unet, in_channels=channels, out_channels=channels, frames=1)
         with torch.device("meta"):
             network = UNet3D(unet)
             inputs = unet_inputs(replace(PRESETS["paper"], unet=unet), 1, side)[:3]
             whole = flops(network, inputs) / 1e9
             attention = flops(network, inputs, attention=True) / 1e9
-        counts.append((whole - attention, attention, whole))
-    return [{"paper, image U-Net": part, "256^2 pixels": pixels, "32^2 latents": latents,
-             "ratio": pixels / latents}
-            for part, pixels, latents in zip(("layers", "attention", "whole"), *counts)]
+        rows.append({"image U-Net on": name, "layers": whole - attention, "attention": attention,
+                     "GFLOP": whole})
+    ratios = {key: rows[0][key] / rows[1][key] for key in ("layers", "attention", "GFLOP")}
+    return [*rows, {"image U-Net on": "ratio", **ratios}]
 
 
 class DiffusersUNet(nn.Module):
@@ -120,42 +112,31 @@ class DiffusersUNet(nn.Module):
         return self.unet(z.transpose(1, 2), t, context).sample.transpose(1, 2)
 
 
-def training_step(network: nn.Module, inputs: list[Tensor]) -> None:
-    """Compute a loss and its gradients, as a step of training does."""
-    F.mse_loss(network(*inputs), inputs[0]).backward()
-
-
-@torch.no_grad()
-def sampling_step(network: nn.Module, inputs: list[Tensor]) -> None:
-    """Call the network as a step of sampling does: for one clip, with text and without."""
-    network(*(x[:1].repeat_interleave(2, 0) for x in inputs))
-
-
 def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
-    """Time training steps of `clips` clips and sampling steps of one: preset tiny and diffusers'.
+    """Time steps of training on `clips` clips, and of sampling one with and without its text.
 
-    Networks take turns, so that a noisy machine is noisy for each; medians of `rounds` steps.
+    Networks take turns, so that a noisy machine is noisy for each; medians of `rounds`.
     """
     torch.set_flush_denormal(True)
-    inputs = [x.to(device) for x in unet_inputs(PRESETS["tiny"], clips, side=8)]
     networks = {"MagicVideo": UNet3D(PRESETS["tiny"].unet).to(device)}
-    try:
-        networks |= {f"diffusers {kind}": DiffusersUNet(kind).to(device)
-                     for kind in DiffusersUNet.SIZES}
-    except ImportError:
-        print("diffusers is left out; pip install diffusers to compare with it")
+    for kind in DiffusersUNet.SIZES:
+        networks[f"diffusers {kind}"] = DiffusersUNet(kind).to(device)
     rows = []
-    for step in (training_step, sampling_step):
+    for step, batch in (("training", clips), ("sampling", 2)):
+        inputs = [x.to(device) for x in unet_inputs(PRESETS["tiny"], batch, side=8)]
         seconds = {name: [] for name in networks}
-        for i in tqdm(range(-2, rounds), step.__name__, disable=None):  # two do not count
+        for i in tqdm(range(-2, rounds), step, disable=None):  # the first two do not count
             for name, network in networks.items():
                 started = time.perf_counter()
-                step(network, inputs)
+                with torch.set_grad_enabled(step == "training"):
+                    loss = F.mse_loss(network(*inputs), inputs[0])
+                if step == "training":
+                    loss.backward()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds[name] += [time.perf_counter() - started] if i >= 0 else []
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        rows += [{"network": name, "parameters": parameters(networks[name]), "step": step.__name__,
+        rows += [{"network": name, "parameters": parameters(networks[name]), "step": step,
                   "seconds": median, "ratio": median / medians["MagicVideo"]}
                  for name, median in medians.items()]
     return rows
@@ -163,22 +144,19 @@ def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the counts of every preset and the times of preset tiny."""
-    parser = argparse.ArgumentParser(description="Counts what MagicVideo costs, and times a "
-                                     "training and a sampling step beside diffusers' U-Nets.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=12, help="of timing; 0 = counts alone (12)")
     parser.add_argument("--batch-size", type=int, default=16, help="clips of a training step (16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--out", default="evaluation", help="folder of the numbers (evaluation)")
     flags = parser.parse_args(arguments)
-    check_ranges(flags, rounds=(0, 1e6), batch_size=(1, 1e6))
+    check_ranges(flags, rounds=(0, 10**6), batch_size=(1, 10**6))
     device = pick_device(flags.device)
-    tables = {**{name: count(config) for name, config in PRESETS.items()},
-              "ratio": ratio_to_pixels()}
+    found = {name: count(config) for name, config in PRESETS.items()}
+    found["ratio"] = ratio_to_pixels()
     if flags.rounds:
-        tables["times"] = compare(flags.batch_size, flags.rounds, device)
-    for rows in tables.values():
-        print_table(rows)
-    write_results(Path(flags.out) / "benchmark.json", flags, tables)
+        found["times"] = compare(flags.batch_size, flags.rounds, device)
+    report(Path(flags.out) / "benchmark.json", flags, found)
 
 
 if __name__ == "__main__":

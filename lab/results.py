@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +10,16 @@ from pathlib import Path
 
 from data import InputError
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a mistake of the user's ends it with one line and exit status 2."""
     try:
         main()
-    except (InputError, OSError) as error:
-        print(f"lab.{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+    except (InputError, OSError, ImportError) as error:
+        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
+        print(f"lab.{Path(sys.argv[0]).stem}: {error}{remedy}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -24,37 +27,34 @@ def check_ranges(flags: argparse.Namespace, **ranges: tuple[float, float]) -> No
     """Raise InputError that names the first flag outside its (lowest, highest)."""
     for name, (low, high) in ranges.items():
         if not low <= getattr(flags, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(flags, name)}: give a number "
-                             f"from {low:g} to {high:g}")
+            flag = f"--{name} {getattr(flags, name)}".replace("_", "-")
+            raise InputError(f"{flag}: give a number from {low} to {high}")
+
+
+def report(path: Path, flags: argparse.Namespace, found: dict) -> None:
+    """Print the tables (lists of rows) and numbers in `found`, and write all of it as JSON."""
+    for name, value in found.items():
+        if isinstance(value, list):
+            print_table(value)
+        elif not isinstance(value, dict):
+            print(f"{name}: {value}")
+    contents = json.dumps({"flags": vars(flags), "commit": commit(), **found})
+    contents = json.loads(contents, parse_constant=lambda name: None)  # NaN, Infinity: not JSON
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(contents, indent=1) + "\n")
+    print(f"numbers: {path}")
 
 
 def print_table(rows: list[dict]) -> None:
     """Print rows of the same keys under these, numbers on the right of their columns."""
-    table = [[str(key) for key in row] for row in rows[:1]]
+    formats = {float: "{:,.3f}", int: "{:,}"}
+    table = [[*rows[0]]] if rows else []
     for row in rows:
-        formats = {float: "{:,.3f}", int: "{:,}"}
         table.append([formats.get(type(value), "{}").format(value) for value in row.values()])
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *cells in table:
         cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
         print("  ".join([first.ljust(widths[0]), *cells]))
-
-
-def write_results(path: Path, flags: argparse.Namespace, found: dict) -> None:
-    """Write numbers as JSON, with the flags and the commit of the code; NaN becomes null."""
-    results = {"flags": vars(flags), "commit": commit(), **found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
-    print(f"numbers: {path}")
-
-
-def finite(value):
-    """Replace every NaN and infinity in nested dicts and lists by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def commit() -> str | None:
