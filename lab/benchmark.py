@@ -117,7 +117,6 @@ def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
 
     Networks take turns, so that a noisy machine is noisy for each; medians of `rounds`.
     """
-    torch.set_flush_denormal(True)
     networks = {"MagicVideo": UNet3D(PRESETS["tiny"].unet).to(device)}
     for kind in DiffusersUNet.SIZES:
         networks[f"diffusers {kind}"] = DiffusersUNet(kind).to(device)

@@ -5,19 +5,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from data import InputError
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
+import torch
 
-def run_command(main: Callable[[], None]) -> None:
+from data import InputError
+
+
+def run_command(main) -> None:
     """Run a command; a mistake of the user's ends it with one line and exit status 2."""
     try:
+        torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
         main()
-    except (InputError, OSError, ImportError) as error:
+    except (InputError, OSError, ModuleNotFoundError) as error:
         remedy = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"lab.{Path(sys.argv[0]).stem}: {error}{remedy}", file=sys.stderr)
         sys.exit(2)
