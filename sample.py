@@ -34,7 +34,7 @@ def newest_model() -> Path:
 
 def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line, before any work. InputError for what cannot be done."""
-    parser = argparse.ArgumentParser(description="Samples a clip; several prompts make one grid.")
+    parser = argparse.ArgumentParser(usage="python sample.py PROMPT... [--FLAG VALUE], see --help")
     parser.add_argument("prompts", nargs="+", help='what to show; "" samples without text')
     parser.add_argument("--checkpoint", help="model.pt or Stable Diffusion folder (default: the "
                         "newest under runs/, else the shipped one)")

@@ -106,8 +106,7 @@ PRESET_SETTINGS = {
 
 def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     """Parse the command line -> all flags, and those of them that are settings."""
-    parser = argparse.ArgumentParser(
-        description="Trains MagicVideo; without flags vae, image, video, on embedded shapes.")
+    parser = argparse.ArgumentParser(usage="python train.py [--FLAG VALUE ...], see --help")
     for f in fields(Settings):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
