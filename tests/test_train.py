@@ -375,6 +375,8 @@ def test_temporal_layers_of_the_vae_start_at_their_peak_rate_when_clips_begin():
     set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, s.warmup)
     assert video["lr"] == pytest.approx(s.lr * s.video_lr_scale)  # as other zero-started layers
     assert image["lr"] < 0.1 * s.lr
+    set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, warmup=10)
+    assert video["lr"] == pytest.approx(0.1 * s.lr * s.video_lr_scale)  # a warm-up of their own
 
 
 def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32(whole):
