@@ -17,11 +17,12 @@ import re
 import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 
@@ -187,6 +188,9 @@ def draw_shape(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.nda
 ANIMATIONS = (".gif", ".webp", ".png")  # read by Pillow
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # read by av
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
+TABLES = (".jsonl", ".csv", ".tsv", ".json")  # named metadata, captions or prompts
+NAME_COLUMNS = ("file_name", "filename", "file", "name", "video", "clip", "path")
+TEXT_COLUMNS = ("text", "caption", "prompt", "description")
 FOLDER_FPS = 8  # of such a clip, which says none: the default of sampling
 MAX_PIXELS = 2**25  # of a frame, one of 8K video; a file of a few bytes can claim any number
 MAX_FRAMES = 1000  # of a clip: what comes later in a longer one is not used
@@ -195,26 +199,43 @@ MAX_FRAMES = 1000  # of a clip: what comes later in a longer one is not used
 class ClipFolder(ClipDataset):
     """Clips of a folder (ours): [i] -> {"video": (f, 3, size, size), "caption": str, "fps": float}.
 
-    A clip is an animation, a video, or a folder of images in natural order (2 before 10) at 8 a
-    second; its centre square is resized. Captions come from metadata.jsonl or metadata.csv with
-    file_name and text; else from NAME.txt; else they are "", which trains the unconditional branch.
+    A clip is an animation, a video, or a folder of numbered images at 8 a second, at any depth; its
+    centre square is resized. Captions are those of `read_captions`; "" trains the unconditional
+    branch.
 
     Every clip is decoded once, to `store`, a folder that later runs on the same files reuse, or to
-    a temporary file. Raises InputError that names every clip that is unreadable, cut off or shorter
-    than `frames`, a caption of a missing clip, and a folder without clips.
+    a temporary file. `notes` says what was read. Raises InputError that names every clip that is
+    unreadable or shorter than `frames`, unless `skip_unusable`.
     """
 
     def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0,
-                 fps: float | None = None, store: str | Path | None = None):
+                 fps: float | None = None, store: str | Path | None = None,
+                 max_frames: int = MAX_FRAMES, skip_unusable: bool = False):
         super().__init__(frames, size, seed, fps)
-        self.path = Path(path)
-        clips = find_clips(self.path)
-        self.captions = read_captions(self.path, clips)
-        self.pixels, self.clips = decode_once(self.path, clips, size, store)
-        short = [f"{clip.name} has {n}" for clip, (_, n, _) in zip(clips, self.clips) if n < frames]
-        if short:
-            raise InputError(f"{path}: clips with less than {frames} frames: {', '.join(short)}; "
-                             f"remove them or lower --frames")
+        clips, others = find_clips(Path(path))
+        self.names = [clip.relative_to(path).as_posix() for clip in clips]
+        self.captions, others = read_captions(clips, others)
+        self.pixels, self.clips, place = decode_once(path, clips, size, store, max_frames)
+        bad = [clip if isinstance(clip, str) else f"{name}: {clip[1]} of {frames} frames"
+               for name, clip in zip(self.names, self.clips)
+               if isinstance(clip, str) or clip[1] < frames]
+        good = [i for i, clip in enumerate(self.clips)
+                if not isinstance(clip, str) and clip[1] >= frames]
+        if bad and not (skip_unusable and good):
+            raise InputError(f"{path}: {len(bad)} of {len(clips)} clips cannot be used: "
+                             f"{'; '.join(bad)}; replace or remove them, lower --frames, or add "
+                             f"--skip-unusable")
+        vars(self).update(vars(self.subset(good)))
+        self.notes = [f"{path}: {len(good)} clips, decoded once to {place} "
+                      f"({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files passed over"]
+        self.notes += [f"left out: {reason}" for reason in bad]
+        if long := sum(clip[1] == max_frames for clip in self.clips):
+            self.notes.append(f"of {long} clips the first {max_frames} frames are used; "
+                              f"--max-frames changes that")
+        unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)]
+        if unread and "" in self.captions:
+            self.notes.append(f"{unread[0]}: not read; captions are read from metadata.csv, "
+                              f"columns file_name and text, or from NAME.txt")
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -230,183 +251,295 @@ class ClipFolder(ClipDataset):
     def subset(self, items: list[int]) -> "ClipFolder":
         """Make the data set of some of the clips."""
         chosen = copy.copy(self)
-        chosen.clips = [self.clips[i] for i in items]
-        chosen.captions = [self.captions[i] for i in items]
+        for column in ("clips", "captions", "names"):
+            setattr(chosen, column, [getattr(self, column)[i] for i in items])
         return chosen
+
+    def split(self, held_out_file: str = "") -> tuple["ClipFolder", "ClipFolder"]:
+        """Part clips to train on from those held out: every tenth, or those named in a file."""
+        held_out = list(range(len(self))[9::10] or range(len(self))[-1:])
+        if held_out_file:
+            lines = read_text(Path(held_out_file)).split("\n")
+            names = [line.strip() for line in lines if line.strip()]
+            held_out = [i for i, name in enumerate(self.names) if name in names]
+            if len(held_out) < len(names) or not 0 < len(held_out) < len(self):
+                raise InputError(f"--held-out {held_out_file}: {len(names)} lines, {len(held_out)} "
+                                 f"of them clips of this folder; name some of them, one a line")
+        trained = [i for i in range(len(self)) if i not in held_out]
+        return self.subset(trained or held_out), self.subset(held_out)
 
 
 def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier: int = 1,
-              store: str | Path | None = None) -> tuple[ClipDataset, ClipDataset]:
+              store: str | Path | None = None, max_frames: int = MAX_FRAMES,
+              skip_unusable: bool = False,
+              held_out: str = "") -> tuple[ClipDataset, ClipDataset]:
     """Open "shapes" or a folder of clips -> clips to train on, and clips held out.
 
-    Of shapes those of split "test" are held out; of a folder every tenth clip, or at least one.
+    Of shapes those of split "test" are held out; of a folder see `ClipFolder.split`.
     """
     if name == "shapes":
         return (ShapesDataset("train", frames, size, seed, rate_multiplier=rate_multiplier),
                 ShapesDataset("test", frames, size, seed, rate_multiplier=rate_multiplier))
-    clips = ClipFolder(name, frames, size, seed, store=store)
-    held_out = range(len(clips))[9::10] or range(len(clips))[-1:]
-    trained = [i for i in range(len(clips)) if i not in held_out]
-    return clips.subset(trained or held_out), clips.subset(held_out)
+    clips = ClipFolder(name, frames, size, seed, None, store, max_frames, skip_unusable)
+    return clips.split(held_out)
 
 
-def find_clips(path: Path) -> list[Path]:
-    """List the clips of a folder in natural order; raises InputError where there is none."""
-    if not path.is_dir():
-        raise InputError(f"--data {path}: no such folder; name one of clips")
-    entries = sorted((e for e in path.iterdir() if not e.name.startswith(".")), key=natural_key)
-    clips = [e for e in entries if e.is_dir() or e.suffix.lower() in ANIMATIONS + VIDEOS]
+def find_clips(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the clips of a folder, in natural order, and the files that are none, at any depth.
+
+    Hidden files, folders of macOS and those of runs are passed over. Raises InputError where there
+    is no clip.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder; name one of clips")
+    clips = []
+    others = []
+    folders = [folder]
+    while folders:
+        for entry in sorted(folders.pop(0).iterdir(), key=natural_key):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir() and not is_numbered(entry):
+                folders += [] if (entry / "log.csv").exists() else [entry]
+            elif entry.is_dir() or is_moving(entry):
+                clips.append(entry)
+            else:
+                others.append(entry)
     if not clips:
         kinds = ", ".join(ANIMATIONS + VIDEOS)
-        raise InputError(f"--data {path}: no clips in it; put {kinds} or folders of images there")
-    return clips
+        raise InputError(f"--data {folder}: no clips in it; put {kinds} or folders of numbered "
+                         f"images there")
+    return sorted(clips, key=natural_key), others
+
+
+def is_moving(file: Path) -> bool:
+    """Tell a clip from another file; one picture alone beside the clips is a cover."""
+    suffix = file.suffix.lower()
+    if suffix not in (".png", ".webp"):
+        return suffix in ANIMATIONS + VIDEOS
+    try:
+        with Image.open(file) as image:
+            return image.is_animated
+    except Exception:  # it is damaged, which its decoder will say
+        return True
+
+
+def is_numbered(folder: Path) -> bool:
+    """Tell a clip of numbered images from a folder that holds clips."""
+    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    images = [file for file in files if file.suffix.lower() in IMAGES]
+    numbered = [file for file in images if re.search(r"\d", file.stem)]
+    return len(numbered) > 1 and not any(is_moving(file) for file in {*files} - {*numbered[1:]})
 
 
 def natural_key(path: Path) -> list:
     """Sort names with their numbers as numbers: 2 before 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def read_captions(folder: Path, clips: list[Path]) -> list[str]:
-    """Read the caption of every clip, white space made single blanks; "" where there is none."""
+def read_captions(clips: list[Path], others: list[Path]) -> tuple[list[str], list[Path]]:
+    """Read the caption of every clip, white space made single blanks; "" where there is none.
+
+    They come from a table named metadata, captions or prompts, with a file name and a text in each
+    row; else from NAME.txt or NAME.caption beside the clip or in a folder captions. Returns them
+    with the files that were not read.
+    """
+    texts = {str(file).lower(): file for file in others}
     captions = {}
     for clip in clips:
-        text = folder / f"{clip.name if clip.is_dir() else clip.stem}.txt"
-        captions[clip.name] = text.read_text("utf-8-sig", "replace") if text.is_file() else ""
-    for table in (folder / "metadata.jsonl", folder / "metadata.csv"):
-        for line, row in read_table(table) if table.is_file() else ():
-            row = row if isinstance(row, dict) else {}
-            name = row.get("file_name")
-            text = row.get("text")
+        stem = clip if clip.is_dir() else clip.with_suffix("")
+        places = [f"{stem}.txt", f"{stem}.caption", f"{stem.parent}/captions/{stem.name}.txt",
+                  f"{stem.parent.parent}/captions/{stem.name}.txt"]
+        found = [texts.pop(place.lower()) for place in places if place.lower() in texts]
+        captions[clip] = read_text(found[0]) if found else ""
+    by_name = {str(clip.with_suffix("")): clip for clip in clips} | {str(c): c for c in clips}
+    for key, table in list(texts.items()):
+        is_table = table.stem.lower() in ("metadata", "captions", "prompts")
+        if not is_table or table.suffix.lower() not in TABLES:
+            continue
+        del texts[key]
+        for line, row in read_table(table):
+            name = next((row[column] for column in NAME_COLUMNS if column in row), None)
+            text = next((row[column] for column in TEXT_COLUMNS if column in row), None)
             if not isinstance(name, str) or not isinstance(text, str) or None in row:
+                columns = ", ".join(str(column) for column in row if column) or "none"
                 raise InputError(f"{table}: line {line} must have file_name and text (in quotes "
-                                 f"where it has commas)")
-            name = os.path.normpath(name)
-            if name not in captions:
+                                 f"where it has commas); the columns found are {columns}")
+            path = os.path.normpath(table.parent / name)
+            if path in by_name:
+                captions[by_name[path]] = text
+            elif not os.path.exists(path):
                 raise InputError(f"{table}: line {line}: {name!r} is no clip in this folder; add "
                                  f"it or remove the line")
-            captions[name] = text
-    return [" ".join(text.split()) for text in captions.values()]
+    captions = [text.encode("utf-8", "replace").decode() for text in captions.values()]
+    return [" ".join(text.split()) for text in captions], list(texts.values())
+
+
+def read_text(file: Path) -> str:
+    """Read a text file in UTF-8, or in UTF-16 where it says so; InputError for another."""
+    raw = file.read_bytes()
+    try:
+        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: its encoding is not UTF-8 (byte {error.start} is "
+                         f"{raw[error.start]:#x}); save it as UTF-8") from error
 
 
 def read_table(table: Path) -> Iterator[tuple[int, dict]]:
-    """Read the rows of a .jsonl or .csv file with their line numbers."""
-    text = table.read_text("utf-8-sig", "replace")
+    """Read the rows of a .csv, .tsv, .jsonl or .json file with their line numbers."""
+    text = read_text(table)
     line = 1
+    rows = []
     try:
-        if table.suffix == ".csv":
-            yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
-            return
-        for line, content in enumerate(text.split("\n"), 1):
-            if content.strip():
-                yield line, json.loads(content)
-    except (ValueError, RecursionError, csv.Error) as error:
+        if table.suffix.lower() in (".csv", ".tsv"):
+            delimiter = max(",;\t", key=text.partition("\n")[0].count)
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+            rows = [*enumerate(reader, 2)]
+        elif table.suffix.lower() == ".json":
+            rows = json.loads(text)
+            if isinstance(rows, dict):  # name -> caption
+                rows = [{"file_name": name, "text": caption} for name, caption in rows.items()]
+            rows = [*enumerate(rows, 1)]
+        else:
+            for line, content in enumerate(text.split("\n"), 1):
+                if content.strip():
+                    rows.append((line, json.loads(content)))
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise InputError(f"{table}: line {line} cannot be read ({error}); correct it") from error
+    for line, row in rows:
+        row = row if isinstance(row, dict) else {}
+        yield line, {key and key.strip().lower(): value for key, value in row.items()}
 
 
-def decode_once(folder: Path, clips: list[Path], size: int,
-                store: str | Path | None) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
+def decode_once(folder: str | Path, clips: list[Path], size: int, store: str | Path | None,
+                max_frames: int) -> tuple[np.ndarray, list, Path]:
     """Decode all clips to memory-mapped pixels, uint8 (n, size, size, 3), or find them in `store`.
 
-    Returns them with (first frame, number of frames, frames a second) of each clip. A store is
-    keyed by name, size and time of change of every file, and is written whole or not at all.
+    Returns them with (first frame, number of frames, frames a second) of each clip, or why it
+    cannot be read, and the file. A store is keyed by name, size and time of change of every file,
+    and is written whole or not at all.
     """
     if store is None:  # the mapping outlives the name of its file
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-            return decode_once(folder, clips, size, temporary)
+            return decode_once(folder, clips, size, temporary, max_frames)
     files = []
     for clip in clips:
         files += sorted(clip.iterdir()) if clip.is_dir() else [clip]
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr((states, size, MAX_FRAMES)).encode()).hexdigest()[:16]
-    store = Path(store)
-    pixels = store / f"{key}.u8"
-    index = store / f"{key}.json"
+    states = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
+              for file in files]
+    key = hashlib.sha256(ascii((states, size, max_frames)).encode()).hexdigest()[:16]
+    pixels = Path(store) / f"{key}.u8"
+    index = Path(store) / f"{key}.json"
     if not (index.is_file() and pixels.is_file()):
-        store.mkdir(parents=True, exist_ok=True)
-        part = store / f"{key}.{os.getpid()}.part"
+        part = Path(store) / f"{key}.{os.getpid()}.part"
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
-                spans = decode_all(folder, clips, size, file)
+                spans = decode_all(folder, clips, size, max_frames, file)
             os.replace(part, pixels)
             part.write_text(json.dumps(spans))
             os.replace(part, index)
+        except OSError as error:
+            raise InputError(f"--frame-store {store}: the frames of {folder} cannot be written "
+                             f"({error.strerror or error}); make room or choose another") from error
         finally:
             part.unlink(missing_ok=True)
-    spans = [tuple(span) for span in json.loads(index.read_text())]
-    return np.memmap(pixels, np.uint8, "r").reshape(-1, size, size, 3), spans
+    spans = [span if isinstance(span, str) else tuple(span)
+             for span in json.loads(index.read_text())]
+    count = sum(span[1] for span in spans if not isinstance(span, str))
+    frames = np.memmap(pixels, np.uint8, "r") if count else np.zeros(0, np.uint8)
+    return frames.reshape(count, size, size, 3), spans, pixels
 
 
-def decode_all(folder: Path, clips: list[Path], size: int, file) -> list[tuple[int, int, float]]:
+def decode_all(folder: str | Path, clips: list[Path], size: int, max_frames: int, file) -> list:
     """Write the frames of all clips to a file; returns (first frame, number, rate) of each."""
-    spans = []
-    bad = []
-    start = 0
-    for clip in tqdm(clips, f"decoding {folder}", unit="clip", disable=None):
+
+    def decode(clip: Path) -> tuple[np.ndarray, float] | str:
         try:
-            frames, rate = read_clip(clip, size)
+            return read_clip(clip, size, max_frames)
         except InputError as error:
-            bad.append(str(error))
-            continue
-        file.write(frames.tobytes())
-        spans.append((start, len(frames), rate))
-        start += len(frames)
-    if bad:
-        raise InputError(f"{folder}: {len(bad)} of {len(clips)} clips cannot be used: "
-                         f"{'; '.join(bad)}; replace or remove them")
+            return str(error)
+
+    spans = []
+    start = 0
+    group = 4 * os.cpu_count()  # of clips in memory at a time
+    bar = tqdm(total=len(clips), desc=f"decoding {folder}", unit="clip", disable=None)
+    with ThreadPool() as pool, bar:
+        for i in range(0, len(clips), group):
+            for decoded in pool.imap(decode, clips[i : i + group]):
+                if not isinstance(decoded, str):
+                    frames, rate = decoded
+                    file.write(frames.tobytes())
+                    decoded = start, len(frames), rate
+                    start += len(frames)
+                spans.append(decoded)
+                bar.update()
     return spans
 
 
-def read_clip(path: str | Path, size: int | None = None) -> tuple[np.ndarray, float]:
+def read_clip(path: str | Path, size: int | None = None,
+              max_frames: int = MAX_FRAMES) -> tuple[np.ndarray, float]:
     """Read the frames of a clip, uint8 (n, h, w, 3), centre squares resized where size is given.
 
-    Returns them with their frames a second. Writers merge equal frames: each picture becomes as
-    many frames as its time holds the shortest one. A delay of 0 is 100 ms, as in browsers; alpha
-    lies on black. Raises InputError for what cannot be read.
+    Returns them with their frames a second. As players show it: upright, every picture for its
+    time, which makes it one frame or several, a delay of 0 as 100 ms; alpha lies on black. Raises
+    InputError for what cannot be read.
     """
     path = Path(path)
     decode = decode_images if path.is_dir() else decode_animation
-    if path.suffix.lower() in VIDEOS:
+    if path.suffix.lower() in VIDEOS and not path.is_dir():
         decode = decode_video
     pictures = []
     seconds = []
     try:
-        for picture, shown in itertools.islice(decode(path), MAX_FRAMES):
+        for picture, shown in itertools.islice(decode(path), max_frames):
             if size:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
             pictures.append(np.asarray(picture))
             seconds.append(shown)
         if not pictures:
             raise EOFError("no frames in it")
-        # 120 and 130 ms in a GIF are one frame each, 8 a second
-        single = [shown for shown in seconds if shown < min(seconds) * 3 / 2]
-        counts = [max(1, round(shown * len(single) / sum(single))) for shown in seconds]
-        if sum(counts) > 2 * MAX_FRAMES:
-            raise ValueError(f"{sum(counts):,} frames, by its shortest and longest delays")
-        return np.repeat(np.stack(pictures), counts, axis=0), float(sum(counts) / sum(seconds))
+        # a frame lasts as long as the shortest pictures do: 120 and 130 ms in a GIF are one frame
+        # each, 8 a second, a merged pair two; one picture in twenty may be a glitch
+        shortest = sorted(seconds)[len(seconds) // 20]
+        single = [shown for shown in seconds if shortest <= shown < shortest * 3 / 2]
+        rate = len(single) / sum(single)
+        ends = [round(end * rate) for end in itertools.accumulate(seconds)]
+        counts = np.diff(ends, prepend=0).clip(max=max_frames).astype(int)
+        frames = np.repeat(np.stack(pictures), counts, axis=0)[:max_frames]
+        return frames, float(ends[-1] / sum(seconds))
     except Exception as error:  # decoders have many for a damaged file
         remedy = "pip install av" if isinstance(error, ImportError) else "replace or remove it"
         reason = " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is no picture of its kind"
         raise InputError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
 
 def decode_images(folder: Path) -> Iterator[tuple[Image.Image, Fraction]]:
     """Decode a folder of numbered images."""
-    images = [file for file in folder.iterdir() if file.suffix.lower() in IMAGES]
+    images = [file for file in folder.iterdir()
+              if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
     for file in sorted(images, key=natural_key):
         with Image.open(file) as image:
-            yield to_rgb(image), Fraction(1, FOLDER_FPS)
+            picture = to_rgb(ImageOps.exif_transpose(image))
+            yield picture, Fraction(1, FOLDER_FPS)
 
 
 def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
     """Decode a GIF, WebP or PNG with the seconds that each picture is shown."""
-    with Image.open(path) as image:
-        for k in range(getattr(image, "n_frames", 1)):
-            image.seek(k)
+    with path.open("rb") as file, Image.open(file) as image:
+        cover = int(getattr(image, "default_image", False))  # of an APNG, not part of the clip
+        for k in itertools.count(cover):
+            try:
+                image.seek(k)
+            except EOFError:
+                break
             image.load()  # Pillow knows the duration of a WebP's picture once it is decoded
             yield to_rgb(image), Fraction(image.info.get("duration") or 100) / 1000
+        file.seek(-1, os.SEEK_CUR)
         # Pillow takes a GIF that is cut off between two pictures for a short one
-        if image.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
+        if image.format == "GIF" and file.read(1) != b";":
             raise EOFError("cut off")
 
 
@@ -414,10 +547,13 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
     """Decode a video with the seconds that each picture is shown."""
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:  # 10:30.mp4 alone would be a protocol
+        if not container.streams.video:
+            raise EOFError("no pictures in it")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         usual = 1 / (stream.average_rate or stream.guessed_rate)
+        aspect = float(stream.sample_aspect_ratio or 1)
         last = None
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -426,16 +562,29 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
                 if last is not None:
                     timed = None not in (frame.pts, last.pts) and frame.pts > last.pts
                     shown = (frame.pts - last.pts) * frame.time_base if timed else usual
-                    yield to_rgb(last.to_image()), shown
+                    yield to_upright(last, aspect), shown
                 last = frame
         if last is not None:
-            yield to_rgb(last.to_image()), usual
+            yield to_upright(last, aspect), usual
+
+
+def to_upright(frame, aspect: float) -> Image.Image:
+    """Turn a frame of a video into RGB as players show it; `aspect` is a pixel's width / height."""
+    image = to_rgb(frame.to_image())
+    width = round(image.width * aspect)
+    if frame.interlaced_frame:  # every second line is of another moment
+        image = Image.fromarray(np.asarray(image)[::2])
+    if image.size != (width, frame.height):
+        image = image.resize((width, frame.height))
+    return image.rotate(frame.rotation, expand=True)  # by multiples of 90 degrees, exact
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any kind of picture into RGB, alpha on black."""
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's convert() makes white
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode == "RGB":
         return image
     black = Image.new("RGBA", image.size, (0, 0, 0, 255))

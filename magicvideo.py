@@ -43,6 +43,13 @@ PRESETS = {
         vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
         unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=2, groups=8,
                         context_width=96, frames=8)),
+    # own clips on a laptop: 8 frames of 64 x 64 with faces, and more words
+    "laptop": MagicVideoConfig(
+        preset="laptop", size=64, guidance=2.0, staggered=True,
+        text=CLIPTextConfig(vocab_size=4096, context_length=16, width=192, layers=2, heads=6),
+        vae=VAEConfig(channels=(16, 32, 64, 64), layers=1, groups=8),
+        unet=UNetConfig(channels=(64, 96), attention=(True, True), layers=1, heads=4, groups=8,
+                        context_width=192, frames=8)),
     # one GPU, from nothing, on people's own clips: 16 frames of 128 x 128
     "small": MagicVideoConfig(
         preset="small", size=128,
@@ -73,12 +80,18 @@ class MagicVideo(nn.Module):
     @classmethod
     def from_preset(cls, name: str, frames: int | None = None,
                     captions: list[str] | None = None) -> "MagicVideo":
-        """Build an untrained model; its tokenizer learns from `captions` or the shapes' own."""
+        """Build an untrained model; its tokenizer learns from `captions` or the shapes' own.
+
+        The context grows with the longest caption, to 77 tokens at most (CLIP's length).
+        """
         config = copy.deepcopy(PRESETS[name])
         config.unet.frames = frames or config.unet.frames
         captions = captions or shape_captions("train")
-        return cls(config, Tokenizer.train(captions, config.text.vocab_size,
-                                           config.text.context_length))
+        tokenizer = Tokenizer.train(captions, config.text.vocab_size)
+        longest = max(len(tokenizer.encode(caption)) for caption in captions) + 2
+        config.text.context_length = max(config.text.context_length, min(longest, 77))
+        tokenizer.context_length = config.text.context_length
+        return cls(config, tokenizer)
 
     @classmethod
     def from_stable_diffusion(cls, folder: str | Path, frames: int = 16) -> "MagicVideo":

@@ -12,12 +12,18 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -40,18 +46,33 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
                          f"make room or choose another --out") from error
 
 
-def new_folder(name: str, n: int = 1) -> Path:
-    """Return runs/NAME, or runs/NAME-2, -3 and so on: the first that does not exist."""
-    folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
-    return new_folder(name, n + 1) if folder.exists() else folder
+def claim_folder(out: str | None, name: str, n: int = 1) -> tuple[Path, TextIO]:
+    """Make a run's folder, OUT or a new runs/NAME[-N] -> it and its log.csv, open and locked.
+
+    The lock ends with the file or the process; Windows has none. Raises InputError where another
+    training has the folder, or it cannot be made.
+    """
+    folder = Path(out or f"runs/{name}{f'-{n}' if n > 1 else ''}")
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(out))
+        log = open(folder / "log.csv", "a")
+        if fcntl:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--out {out}: another training writes there; wait for its end, or choose "
+                         f"another folder") from error
+    except OSError as error:
+        if isinstance(error, FileExistsError) and not out:
+            return claim_folder(out, name, n + 1)
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose "
+                         f"another") from error
+    return folder, log
 
 
 def plot_losses(log: Path, picture: Path) -> None:
-    """Draw log.csv, a column for each stage; without matplotlib nothing is drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """Draw log.csv, a column for each stage; needs matplotlib."""
+    from matplotlib.figure import Figure
+
     rows = list(csv.DictReader(log.read_text().splitlines()))
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")

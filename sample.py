@@ -51,6 +51,7 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     suffix = Path(flags.out).suffix.lower()
     if suffix not in MAX_FPS:
         raise InputError(f"--out {flags.out}: end its name in {', '.join(MAX_FPS)}")
+    check_writable(Path(flags.out))
     if suffix == ".mp4":
         try:
             import av  # noqa: F401
@@ -76,6 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = Path(flags.checkpoint) if flags.checkpoint else newest_model()
     model = MagicVideo.load(checkpoint, pick_device(flags.device))
     print(f"model: {checkpoint}")
+    for prompt in flags.prompts:
+        ids = model.tokenizer.encode(prompt)
+        read = ids[: model.tokenizer.context_length - 2]
+        if len(read) < len(ids):
+            print(f'the prompt is too long, of it is read: "{model.tokenizer.decode(read)}"')
     for stage in ("interpolate", "upscale"):
         if getattr(flags, stage) and stage not in model.cascade:
             raise InputError(f"--{stage}: {checkpoint} has no such network; train it: python "
@@ -105,6 +111,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Writing clips
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError, before any work, if a file cannot be written."""
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}); choose "
+                         f"another") from error
 
 
 def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
@@ -153,7 +172,7 @@ def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:
 
     _, h, w, _ = pixels.shape
     pixels = np.pad(pixels, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    with av.open(f"file:{path}", "w", options={"movflags": "faststart"}) as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = pixels.shape[1:3]
@@ -184,6 +203,8 @@ def grid(videos: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a prompt may not be in the console's encoding
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:

@@ -21,6 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,8 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, InputError, open_data
 from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
-from runs import join_ranks, new_folder, plot_losses, save_checkpoint, start_ranks, stop_signals
+from runs import (claim_folder, join_ranks, plot_losses, save_checkpoint, start_ranks,
+                  stop_signals)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
@@ -61,7 +63,7 @@ def flag(default, text: str):
 class Settings:
     """Hyperparameters of a run, each a flag of train.py; the defaults are those of preset tiny."""
 
-    preset: str = flag("tiny", "sizes and defaults: tiny, small or paper")
+    preset: str = flag("tiny", "sizes and defaults: tiny, laptop (for a folder), small or paper")
     stage: str = flag("", f"one of {', '.join(ALL_STAGES)} (default: the first three)")
     init_from: str = flag("", "model.pt or Stable Diffusion folder to start from")
     trainable: str = flag("", 'train only parameters that match, e.g. "adaptor|temporal|fps"')
@@ -84,6 +86,9 @@ class Settings:
     precision: str = flag("fp32", "fp32, or bf16 with weights in float32")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     data: str = flag("shapes", 'folder of clips, or "shapes"')
+    skip_unusable: bool = flag(False, "leave out clips that are damaged or too short")
+    max_frames: int = flag(1000, "frames read of each clip, from its start")
+    held_out: str = flag("", "file that names the clips held out (default: every tenth)")
     frame_store: str = flag("runs/frames", "where the decoded frames of a folder are kept")
     cache: int = flag(3600, "cuts of clips whose latents stay in memory; 0 = encode every step")
     save_every: int = flag(500, "steps between checkpoints")
@@ -96,6 +101,8 @@ GROUPS = {"preset": "what", "vae_steps": "how long", "batch_size": "optimisation
 GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "video_lr_scale": 1.0, "kl_weight": 1e-4,
                 "interpolate_steps": 50_000, "upscale_steps": 50_000}
 PRESET_SETTINGS = {
+    "laptop": {"vae_steps": 3500, "image_steps": 3500, "video_steps": 4000, "cache": 6000,
+               "kl_weight": 5e-4},
     "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
               "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
     "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "ema": 0.9999,
@@ -133,6 +140,9 @@ def check(s: Settings) -> None:
             raise InputError(f'--{name} "{value}": use {", ".join(filter(None, choices[name]))}')
         if not isinstance(value, str) and not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} {value}: give {least} to {most}")
+    stages = [s.stage] if s.stage else BASE_STAGES
+    if not any(getattr(s, f"{stage}_steps") for stage in stages):
+        raise InputError(f"--{stages[-1]}-steps 0: trains nothing; give 1 or more")
     if s.stage not in ("", "vae") and not s.init_from:
         raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
 
@@ -307,7 +317,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
     if s.cache and stage in ("image", "video", "interpolate"):
         source = encode_clips(model, clips, max(s.cache, len(clips.captions)), rank(), world())
     steps = getattr(s, f"{stage}_steps")
-    use_bf16 = s.precision == "bf16" and stage != "vae"  # a VAE in half precision can give NaN
+    use_bf16 = s.precision == "bf16"
     started = time.time()
     bar = tqdm(range(ema.count, steps), f"{stage:6}", steps, initial=ema.count, dynamic_ncols=True,
                disable=rank() > 0)
@@ -351,8 +361,10 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
                         row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
                         picture = out / "samples" / f"{stage}-{done:06d}.png"
                         if stage in BASE_STAGES:
-                            save_samples(picture, model, stage, held_out)
-                append_log(out / "log.csv", row)
+                            with optional(picture):
+                                save_samples(picture, model, stage, held_out)
+                with optional(f"row {done} of {out}/log.csv"):
+                    append_log(out / "log.csv", row)
                 if done == steps or total[1] or done % s.save_every == 0:
                     save_run(out, model, network, stage, done, optimizers, ema, clips, s)
             if total[1]:
@@ -376,12 +388,26 @@ def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> di
 
 def append_log(path: Path, row: dict) -> None:
     """Add a row to log.csv."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
         writer.writerow(row)
+
+
+def read_log(path: Path) -> list[dict]:
+    """Read the whole rows of log.csv; a kill can have cut off its last one."""
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [row for row in rows if None not in row.values()]
+
+
+@contextmanager
+def optional(what: str):
+    """Go on, and say so, where a record or a picture fails: it must not end a training."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f"{what} is left out: {error}", file=sys.stderr)
 
 
 def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:
@@ -423,18 +449,22 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
     save_checkpoint(out / "checkpoint.pt", {
         "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
         "step": step, "model": model.state(), "network": network.state_dict(), "ema": ema.shadow,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "log_lines": (out / "log.csv").read_text().count("\n")})
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     scaling_factor = model.config.vae.scaling_factor
     with ema.applied():
         hand_over(model, network, stage, clips)
         model.save(out / "model.pt")
     model.config.vae.scaling_factor = scaling_factor
-    plot_losses(out / "log.csv", out / "loss.png")
+    with optional(out / "loss.png"):
+        plot_losses(read_log(out / "log.csv"), out / "loss.png")
 
 
 # --------------------------------------------------------------------------------------------------
 # A run
+
+
+# at --resume: where data is, and what does not change the result
+CAN_CHANGE = ("data", "frame_store", "save_every", "sample_every")
 
 
 def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
@@ -448,7 +478,9 @@ def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
         raise InputError(f"{out}/checkpoint.pt: made by another version of this code ({error}); "
                          f"start anew with --init-from {out}/model.pt") from error
     for name, value in overrides.items():
-        if value != getattr(s, name):
+        if name in CAN_CHANGE:
+            setattr(s, name, value)
+        elif value != getattr(s, name):
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started "
                              f"with {getattr(s, name)} and goes on with it; leave the flag out")
     return s, MagicVideo.from_state(resumed.pop("model"), out / "checkpoint.pt"), resumed
@@ -460,9 +492,33 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     if path := overrides.get("init_from"):
         model = MagicVideo.load(path, frames=overrides.get("frames") or None)
         overrides = {"preset": model.config.preset, **overrides}
+    elif overrides.get("data", "shapes") != "shapes":
+        overrides = {"preset": "laptop", **overrides}
     s = Settings(**{**PRESET_SETTINGS.get(overrides.get("preset"), {}), **overrides})
     check(s)
     return s, model
+
+
+def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
+    """Shorten the stages for fewer than 1,000 clips, to a quarter at least (ours).
+
+    Ten clips do not need the hours of thousands. A number of steps that a flag gives stays.
+    """
+    share = min(1, max(0.25, (count / 1000) ** 0.5))
+    names = [f"{stage}_steps" for stage in BASE_STAGES if f"{stage}_steps" not in overrides]
+    return replace(s, **{name: round(share * getattr(s, name)) for name in names})
+
+
+def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings) -> None:
+    """Print what was read of a folder of clips, and how long it will be trained on."""
+    captions = clips.captions + held_out.captions
+    length = model.config.text.context_length
+    cut = sum(len(model.tokenizer.encode(caption)) > length - 2 for caption in captions)
+    steps = [f"{getattr(s, f'{stage}_steps')} steps of {stage}" for stage in BASE_STAGES]
+    print(*clips.notes, sep="\n")
+    print(f"captions: {captions.count('')} missing, {len(captions) - len({*captions})} the same as "
+          f"another, {cut} cut at {length} tokens\n{len(held_out)} clips held out; preset "
+          f"{s.preset}, {', '.join(steps)}")
 
 
 def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
@@ -475,17 +531,28 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
     stages = [s.stage] if s.stage else stages
     if skipped == "vae" and not s.stage:
         say(f"the VAE of {s.init_from} stays as it is; --stage vae trains it")
+    log = out / "log.csv"
     if resumed:
-        stages = stages[stages.index(resumed["stage"]) :]
-        say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
-        log = out / "log.csv"
+        position = stages.index(resumed["stage"])
         if rank() == 0:  # the rows after the checkpoint come again
-            log.write_text("".join(log.read_text().splitlines(True)[: resumed["log_lines"]]))
+            rows = read_log(log)
+            log.write_text("")
+            for row in rows:
+                behind = row["stage"] == resumed["stage"] and int(row["step"]) > resumed["step"]
+                if not behind and row["stage"] not in stages[position + 1 :]:
+                    append_log(log, row)
+        stages = stages[position:]
+        say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     for stage in stages:
         is_resumed = resumed and stage == resumed["stage"]
         train_stage(model, clips, held_out, stage, s, out, resumed if is_resumed else None)
     if rank() == 0:
         model.save(out / "model.pt")
+        losses = [(float(row["held_out_loss"]), row["step"]) for row in read_log(log)
+                  if row["stage"] == stages[-1] and row["held_out_loss"]]
+        if losses:
+            loss, step = min(losses)
+            say(f"stage {stages[-1]}: the held-out loss was lowest at step {step}, {loss:.4f}")
     prompt = next((caption for caption in clips.captions if caption), "")
     say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt, pictures in "
         f"{out}/samples, losses in {out}/log.csv\nnext: python sample.py {shlex.quote(prompt)} "
@@ -499,21 +566,18 @@ def main(arguments: list[str], script: str | None = None) -> None:
     device = pick_device(flags.device)
     if world() > 1 and not flags.out:
         raise InputError("torchrun: add --out FOLDER, so that all processes find it")
-    out = Path(flags.out or new_folder(Path(overrides.get("data", "shapes")).resolve().name))
-    has_run = (out / "checkpoint.pt").exists()
+    out = Path(flags.out or "")
+    has_run = bool(flags.out) and (out / "checkpoint.pt").exists()
     resumed = None
     if flags.resume or has_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         s, model, resumed = resume(out, overrides)
-    elif has_run or (out / "model.pt").exists():
+    elif has_run or flags.out and (out / "model.pt").exists():
         raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
         s, model = start(overrides)
     config = model.config if model else PRESETS[s.preset]
     frames = {"interpolate": cascade.NEW_FRAMES + 2, "upscale": 1}.get(
         s.stage, s.frames or config.unet.frames)
-    size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
-    rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
-    clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier, s.frame_store)
     smallest = math.gcd(s.batch_size, max(1, s.vae_batch_size // frames))  # batches, in clips
     count = world()
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
@@ -522,6 +586,16 @@ def main(arguments: list[str], script: str | None = None) -> None:
         raise InputError(f"--batch-size {s.batch_size}, --vae-batch-size {s.vae_batch_size}: give "
                          f"multiples of {count} processes x {s.accumulate} micro-batches, clips of "
                          f"{frames} frames")
+    size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
+    rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
+    clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier, s.frame_store,
+                                s.max_frames, s.skip_unusable, s.held_out)
+    if not resumed and s.data != "shapes":
+        s = scale_steps(s, overrides, len(clips))
+    if rank() == 0:
+        out, log = claim_folder(flags.out, Path(s.data).resolve().name)
+        if not resumed:
+            log.truncate(0)  # of a run that was killed before its first checkpoint
     processes = []
     if count > world():
         processes = start_ranks(count, [script, *arguments, "--out", str(out)])
@@ -533,6 +607,8 @@ def main(arguments: list[str], script: str | None = None) -> None:
             model = MagicVideo.from_preset(s.preset, s.frames, captions)
             # log sigma^2 starts at -6: with noise of size 1 the decoder would ignore the latents
             nn.init.constant_(model.vae.quant_conv.bias[model.config.vae.latent_channels :], -6.0)
+        if rank() == 0 and s.data != "shapes":
+            describe(model, clips, held_out, s)
         train(model.to(device).train(), clips, held_out, s, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
@@ -548,6 +624,8 @@ def main(arguments: list[str], script: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a caption may not be in the console's encoding
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:], __file__)
     except (InputError, OSError) as error:
