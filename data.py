@@ -552,7 +552,7 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
             raise EOFError("no pictures in it")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        usual = 1 / (stream.average_rate or stream.guessed_rate)
+        shown = 1 / (stream.average_rate or stream.guessed_rate)  # where time stamps are missing
         aspect = float(stream.sample_aspect_ratio or 1)
         last = None
         for packet in container.demux(stream):
@@ -560,12 +560,12 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
                 raise EOFError("cut off")
             for frame in packet.decode():
                 if last is not None:
-                    timed = None not in (frame.pts, last.pts) and frame.pts > last.pts
-                    shown = (frame.pts - last.pts) * frame.time_base if timed else usual
+                    if None not in (frame.pts, last.pts) and frame.pts > last.pts:
+                        shown = (frame.pts - last.pts) * frame.time_base
                     yield to_upright(last, aspect), shown
                 last = frame
         if last is not None:
-            yield to_upright(last, aspect), usual
+            yield to_upright(last, aspect), shown
 
 
 def to_upright(frame, aspect: float) -> Image.Image:

@@ -395,7 +395,7 @@ def test_captions_that_are_not_read_are_spoken_of_and_foreign_encodings_refused(
     assert "prompts.txt: not read; captions are read from " in ClipFolder(tmp_path, 2, 16).notes[1]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "text": "\\ud800 \u732b"}')
     assert ClipFolder(tmp_path, 2, 16).captions == ["? \u732b"]
-    for text, encoding in (("un caf\xe9 noir", "cp1252"), ("\u4e00\u53ea\u732b", "gbk")):
+    for text, encoding in (("un caf\xe9 noir", "cp1252"), ("\u7ea2\u8272", "gbk")):
         (tmp_path / "a.txt").write_text(text, encoding)
         refused(tmp_path, "a.txt: its encoding is not UTF-8", "save it as UTF-8")
 
