@@ -15,7 +15,7 @@ from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from data import InputError, shape_captions
 from diffusion import Diffusion, DiffusionConfig
 from runs import save_checkpoint
-from tiny import StaggeredDiffusion
+from tiny import StaggeredDiffusion, VPrediction
 from unet3d import UNet3D, UNetConfig
 from vae import VAEConfig, VideoVAE
 
@@ -28,6 +28,7 @@ class MagicVideoConfig:
     size: int = 256  # height and width of a frame, in pixels
     guidance: float = 7.5  # default of sampling
     pretrained: bool = False  # from SD: text encoder and VAE encoder are never trained
+    v_prediction: bool = False  # a model from SD whose network predicts v, see tiny.py
     staggered: bool = False  # frames are denoised one after another, see tiny.py
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -73,7 +74,8 @@ class MagicVideo(nn.Module):
         self.text_encoder = CLIPTextEncoder(config.text)
         self.vae = VideoVAE(config.vae)
         self.unet = UNet3D(config.unet)
-        diffusion = StaggeredDiffusion if config.staggered else Diffusion
+        diffusion = VPrediction if config.v_prediction else Diffusion
+        diffusion = StaggeredDiffusion if config.staggered else diffusion
         self.diffusion = diffusion(config.diffusion)
         self.cascade: dict[str, dict] = {}
 
@@ -199,7 +201,8 @@ class MagicVideo(nn.Module):
 def load_checkpoint(path: str | Path, kind: str) -> dict:
     """Read a file of `save_checkpoint`, memory-mapped, running no code, or raise InputError."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a model.pt that train.py wrote")
+        raise InputError(f"{path}: no such file or folder here, and nothing is downloaded; give a "
+                         f"model.pt of train.py, or a Stable Diffusion folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has many for a damaged file

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip_text import CLIPTextConfig, Tokenizer
 from data import InputError
+from diffusion import DiffusionConfig
 from magicvideo import MagicVideo, MagicVideoConfig
 from unet3d import UNetConfig
 from vae import VAEConfig
@@ -27,6 +28,8 @@ FIXED = {
              "class_embed_type": None, "addition_embed_type": None},
     "vae": {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True},
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "scheduler": {"beta_schedule": "scaled_linear", "trained_betas": None,
+                  "rescale_betas_zero_snr": False},
 }
 # names of the VAE's attention in files written before May 2023
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
@@ -67,25 +70,38 @@ def read_config(folder: Path, frames: int) -> MagicVideoConfig:
         raise InputError(f"{folder}: no such folder; {REMEDY}")
     if (folder / "text_encoder_2").is_dir():
         raise InputError(f"{folder}: two text encoders, so SDXL or later; {REMEDY}")
-    configs = {part: read_json(folder / part / "config.json") for part in PARTS}
+    files = {part: folder / part / "config.json" for part in PARTS}
+    configs = {part: read_json(file) for part, file in files.items()}
+    files["scheduler"] = folder / "scheduler" / "scheduler_config.json"  # none is SD's own
+    configs["scheduler"] = read_json(files["scheduler"]) if files["scheduler"].exists() else {}
     for part, fixed in FIXED.items():
         for key, value in fixed.items():
             if configs[part].get(key, value) != value:
-                raise InputError(f"{folder}/{part}/config.json: {key} is {configs[part][key]!r}, "
-                                 f"in Stable Diffusion 1.x it is {value!r}; {REMEDY}")
-    text, vae, unet = (configs[part] for part in PARTS)
+                raise InputError(f"{files[part]}: {key} is {configs[part][key]!r}, in Stable "
+                                 f"Diffusion 1.x it is {value!r}; {REMEDY}")
+    text, vae, unet, scheduler = configs.values()
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"{files['scheduler']}: prediction_type is {prediction!r}, known are "
+                         f"'epsilon' and 'v_prediction'; {REMEDY}")
     heads = unet["attention_head_dim"]  # means the number of heads in SD 1.x
     vae_channels = tuple(vae["block_out_channels"])
     if not isinstance(heads, int) or unet["cross_attention_dim"] != text["hidden_size"]:
         raise InputError(f"{folder}: its U-Net is of another generation (attention_head_dim "
                          f"{heads}, text width {unet['cross_attention_dim']}); {REMEDY}")
+    side = unet.get("sample_size")
+    side = side if isinstance(side, int) else 64  # SD's own, where it is null or a list
     return MagicVideoConfig(
-        size=min(256, unet["sample_size"] * 2 ** (len(vae_channels) - 1)), pretrained=True,
+        size=min(256, side * 2 ** (len(vae_channels) - 1)), pretrained=True,
+        v_prediction=prediction == "v_prediction",
+        diffusion=DiffusionConfig(scheduler.get("num_train_timesteps", 1000),
+                                  scheduler.get("beta_start", 0.00085),
+                                  scheduler.get("beta_end", 0.012)),
         text=CLIPTextConfig(text["vocab_size"], text["max_position_embeddings"],
                             text["hidden_size"], text["num_hidden_layers"],
                             text["num_attention_heads"]),
         vae=VAEConfig(vae_channels, vae["latent_channels"], vae["layers_per_block"],
-                      vae["norm_num_groups"], vae.get("scaling_factor", 0.18215)),
+                      vae["norm_num_groups"], vae.get("scaling_factor") or 0.18215),
         unet=UNetConfig(
             channels=tuple(unet["block_out_channels"]),
             attention=tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"]),
@@ -117,6 +133,8 @@ def load_part(module: nn.Module, folder: Path) -> int:
         raise InputError(f"{folder}: {len(missing)} weights missing, {len(unknown)} left over, "
                          f"{len(shapes)} of another shape than its config.json says, "
                          f"{(missing + unknown + shapes)[0]} first; {REMEDY}")
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise InputError(f"{folder}: {bad[0]} holds NaN or infinity; get it again")
     module.load_state_dict(weights, strict=False)  # what is missing was checked above
     return sum(weight.numel() for weight in weights.values())
 
@@ -128,7 +146,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
              for suffix in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise InputError(f"{folder}: no weights (.safetensors or .bin) here; {REMEDY}")
+        other = ", ".join(file.name for file in sorted(folder.glob("*.*")) if "ema" in file.name)
+        raise InputError(f"{folder}: no weights (.safetensors or .bin) here"
+                         f"{other and f' but {other}, which are not for sampling'}; {REMEDY}")
     try:
         if files[0].suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -17,26 +17,8 @@ from data import ClipDataset
 from diffusion import Diffusion, DiffusionConfig, cast, seeded_randn
 
 
-class VDiffusion(Diffusion):
-    """Diffusion whose last step is pure noise (Lin et al. 2023), by a network that predicts v.
-
-    SD's z_{T-1} still holds 1/15 of the signal. Training can read the object's position from it,
-    averaged over similar frames; sampling starts without it. Without signal eps says nothing of
-    z_0, hence v (Salimans and Ho 2022). Few steps must begin at pure noise too, which is why
-    `cascade.py` uses this class.
-    """
-
-    def __init__(self, config: DiffusionConfig | None = None):
-        super().__init__(config)
-        # sqrt(alpha_bar) shifted and scaled until its last value is 0; the first stays
-        root = self.alphas_cumprod.sqrt()
-        self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-    def timesteps(self, steps: int) -> list[int]:
-        """List the visited t: "trailing" spacing, from T-1, for 50 999, 979 .. 19 (Lin et al.)."""
-        if not 1 <= steps <= self.num_steps:
-            raise ValueError(f"{steps} sampling steps: give 1 to {self.num_steps}")
-        return [round(self.num_steps - i * self.num_steps / steps) - 1 for i in range(steps)]
+class VPrediction(Diffusion):
+    """Diffusion by a network that predicts v (Salimans and Ho 2022), as some models from SD do."""
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, shaped like z0."""
@@ -51,6 +33,27 @@ class VDiffusion(Diffusion):
         # z_0_hat = sqrt(alpha_bar) z_t - sqrt(1 - alpha_bar) v
         # eps_hat = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t
         return signal * z - noise * output, signal * output + noise * z
+
+
+class VDiffusion(VPrediction):
+    """Diffusion whose last step is pure noise (Lin et al. 2023), by a network that predicts v.
+
+    SD's z_{T-1} still holds 1/15 of the signal. Training can read the object's position from it,
+    averaged over similar frames; sampling starts without it. Without signal eps says nothing of
+    z_0, hence v. Few steps must begin at pure noise too, which is why `cascade.py` uses this class.
+    """
+
+    def __init__(self, config: DiffusionConfig | None = None):
+        super().__init__(config)
+        # sqrt(alpha_bar) shifted and scaled until its last value is 0; the first stays
+        root = self.alphas_cumprod.sqrt()
+        self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+    def timesteps(self, steps: int) -> list[int]:
+        """List the visited t: "trailing" spacing, from T-1, for 50 999, 979 .. 19 (Lin et al.)."""
+        if not 1 <= steps <= self.num_steps:
+            raise ValueError(f"{steps} sampling steps: give 1 to {self.num_steps}")
+        return [round(self.num_steps - i * self.num_steps / steps) - 1 for i in range(steps)]
 
 
 class StaggeredDiffusion(VDiffusion):

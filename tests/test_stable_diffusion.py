@@ -58,6 +58,10 @@ def pipe():
                                              requires_safety_checker=False)
 
 
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 @pytest.fixture(scope="module")
 def original(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd") / "model"
@@ -94,11 +98,13 @@ def test_every_weight_is_loaded_and_the_video_parts_start_with_zero_effect(origi
     assert torch.equal(unet(z, t, text, torch.tensor([8.0, 24.0])), unet(z, t, text))
 
 
-def test_a_guided_sample_from_prompt_to_pixels_equals_diffusers(original, pipe, monkeypatch):
+@pytest.mark.parametrize("schedule", [
+    {}, {"prediction_type": "v_prediction", "beta_start": 0.001, "beta_end": 0.02}])
+def test_a_guided_sample_from_prompt_to_pixels_equals_diffusers(folder, pipe, monkeypatch, schedule):
     from diffusers.schedulers import scheduling_ddim
-    model = MagicVideo.from_stable_diffusion(original).double()
-    for part in (pipe.text_encoder, pipe.vae, pipe.unet):
-        part.double()
+    edit(folder / "scheduler/scheduler_config.json", **schedule)
+    model = MagicVideo.from_stable_diffusion(folder).double()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float64)
     # diffusers' own schedule, its arithmetic in float64
     pipe.scheduler.alphas_cumprod = model.diffusion.alphas_cumprod
     pipe.scheduler.final_alpha_cumprod = model.diffusion.alphas_cumprod[0]
@@ -150,8 +156,12 @@ def test_old_names_of_the_vae_and_of_the_text_encoder_are_read(original, folder)
         assert same(image_weights(folder), expected)
 
 
-def edit(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+@pytest.mark.parametrize("size", [None, [8, 8]])
+def test_sizes_that_are_null_or_lists_are_stable_diffusions_own(original, folder, size):
+    edit(folder / "unet/config.json", sample_size=size)
+    edit(folder / "vae/config.json", scaling_factor=None)
+    config = MagicVideo.from_stable_diffusion(folder).config
+    assert (config.size, config.vae.scaling_factor) == (256, 0.18215)
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -169,6 +179,14 @@ BROKEN = {
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "no tokenizer here"),
     "another tokenizer": (
         lambda f: edit(f / "text_encoder/config.json", vocab_size=900), "814 symbols"),
+    "NaN": (lambda f: rewrite(
+        f / UNET, lambda w: {**w, "conv_in.bias": w["conv_in.bias"] * torch.nan}), "holds NaN"),
+    "no averaged weights": (
+        lambda f: (f / UNET).rename(f / UNET.replace(".saf", ".non_ema.saf")), "non_ema"),
+    "another noise schedule": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", beta_schedule="linear"), "'linear'"),
+    "another prediction": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"), "'sample'"),
     "not JSON": (lambda f: (f / "vae/config.json").write_text("{"), "not JSON"),
     "a size missing": (lambda f: (f / "vae/config.json").write_text("{}"), "block_out_channels"),
     "weights cut off": (lambda f: (f / UNET).write_bytes(b"123"), "cut off"),
