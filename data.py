@@ -425,7 +425,7 @@ def decode_once(folder: str | Path, clips: list[Path], size: int, store: str | P
     files = []
     for clip in clips:
         files += sorted(clip.iterdir()) if clip.is_dir() else [clip]
-    states = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
+    states = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
               for file in files]
     key = hashlib.sha256(ascii((states, size, max_frames)).encode()).hexdigest()[:16]
     pixels = Path(store) / f"{key}.u8"

@@ -4,13 +4,12 @@ A run writes OUT/model.pt, checkpoint.pt, log.csv, loss.png (with matplotlib) an
 ranks are the processes of torchrun, or those that `start_ranks` starts on a CPU with several cores.
 """
 
-import csv
 import os
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -69,11 +68,22 @@ def claim_folder(out: str | None, name: str, n: int = 1) -> tuple[Path, TextIO]:
     return folder, log
 
 
-def plot_losses(log: Path, picture: Path) -> None:
-    """Draw log.csv, a column for each stage; needs matplotlib."""
-    from matplotlib.figure import Figure
+def release_folder(folder: Path, log: TextIO) -> None:
+    """Unlock a run's folder; one in which nothing was logged goes, and an empty runs/ too."""
+    log.close()
+    with suppress(OSError):
+        if not (folder / "log.csv").stat().st_size:
+            (folder / "log.csv").unlink()
+            folder.rmdir()
+            folder.parent.rmdir()
 
-    rows = list(csv.DictReader(log.read_text().splitlines()))
+
+def plot_losses(rows: list[dict], picture: Path) -> None:
+    """Draw the losses of log.csv, a column for each stage; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):

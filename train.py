@@ -40,8 +40,8 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, InputError, open_data
 from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
-from runs import (claim_folder, join_ranks, plot_losses, save_checkpoint, start_ranks,
-                  stop_signals)
+from runs import (claim_folder, join_ranks, plot_losses, release_folder, save_checkpoint,
+                  start_ranks, stop_signals)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
@@ -621,6 +621,8 @@ def main(arguments: list[str], script: str | None = None) -> None:
     finally:
         for process in processes:  # they have ended, or wait for this one, which has failed
             process.kill()
+        if rank() == 0:
+            release_folder(out, log)
 
 
 if __name__ == "__main__":
@@ -632,3 +634,6 @@ if __name__ == "__main__":
         if rank() == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped, nothing saved yet", file=sys.stderr)
+        sys.exit(130)

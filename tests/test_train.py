@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def tinier_preset(monkeypatch, tmp_path):
     """Runs go to an empty folder, with a tiny preset that is tinier still."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "tiny", MagicVideoConfig(**TINIER))
+    monkeypatch.setitem(PRESETS, "laptop", MagicVideoConfig(**{**TINIER, "preset": "laptop"}))
 
 
 @pytest.fixture
@@ -193,6 +195,63 @@ def test_a_stop_before_the_first_checkpoint_says_so(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="stopped, nothing saved"):
         train.main(SHORT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_a_log_of_its_own(whole):
+    Path("run").mkdir()
+    Path("run/log.csv").write_text("stage,step,loss\nvae,1,0.5\nva")
+    train.main([*SHORT, "--out", "run"])
+    assert [r["loss"] for r in rows("run")] == [r["loss"] for r in rows(whole)]
+
+
+def test_a_log_cut_off_by_a_kill_is_mended_and_one_that_cannot_be_written_ends_no_run(
+        whole, monkeypatch, capsys):
+    shutil.copytree(whole, "run")
+    log = Path("run/log.csv").read_bytes()
+    Path("run/log.csv").write_bytes(log + b"video,3,0.1")
+    train.main(["--resume", "--out", "run", "--device", "cpu"])
+    assert Path("run/log.csv").read_bytes() == log
+
+    def locked(*arguments):
+        raise PermissionError(13, "a spreadsheet has it open")
+
+    monkeypatch.setattr(train, "append_log", locked)
+    monkeypatch.setattr(train, "write_clip", locked)
+    train.main([*SHORT, "--out", "locked"])
+    said = capsys.readouterr().err
+    assert "row 2 of locked/log.csv is left out: [Errno 13] a spreadsheet" in said
+    assert "samples/vae-000002.png is left out" in said
+    assert equal(weights(whole), weights("locked"))
+
+
+def test_two_trainings_at_once_do_not_share_a_folder():
+    first, log = runs.claim_folder(None, "shapes")
+    second, other = runs.claim_folder(None, "shapes")
+    assert (first, second) == (Path("runs/shapes"), Path("runs/shapes-2"))
+    with pytest.raises(InputError, match="--out runs/shapes: another training writes there"):
+        train.main([*SHORT, "--out", "runs/shapes"])
+    for folder, lock in ((first, log), (second, other)):
+        runs.release_folder(folder, lock)
+    assert not Path("runs").exists()
+
+
+def test_a_folder_of_clips_is_described_and_what_does_not_change_a_run_may_change(
+        monkeypatch, capsys):
+    monkeypatch.setitem(train.PRESET_SETTINGS, "laptop", {"vae_steps": 8})
+    for n in range(4):
+        write_clip(f"clips/{n}.gif", ShapesDataset("train", 8, 32)[n]["video"], 8)
+        Path(f"clips/{n}.txt").write_text(["long " * 80, "short", "short", ""][n])
+    train.main(["--data", "clips", "--out", "run", *SHORT[2:]])
+    said = capsys.readouterr().out
+    assert "clips: 4 clips, decoded once to runs/frames/" in said and "0 other files" in said
+    assert "captions: 1 missing, 1 the same as another, 1 cut at 77 tokens" in said
+    assert "1 clips held out; preset laptop, 2 steps of vae, 2 steps of image" in said
+    assert "stage video: the held-out loss was lowest at step 2" in said
+    finished = weights("run")
+    Path("clips").rename("moved")
+    train.main(["--resume", "--out", "run", "--data", "moved/", "--save-every", "7",
+                "--device", "cpu"])
+    assert equal(finished, weights("run")) and len([*Path("runs/frames").glob("*.u8")]) == 1
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])
@@ -502,15 +561,16 @@ def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--preset", "huge"], '--preset "huge".*tiny, small, paper'),
+    (["--preset", "huge"], '--preset "huge".*tiny, laptop, small, paper'),
     (["--stage", "audio"], '--stage "audio".*vae, image, video'),
     (["--stage", "video"], "--stage video.*--init-from"),
-    (["--init-from", "nowhere.pt"], "nowhere.pt.*train.py"),
+    (["--init-from", "owner/name"], "owner/name: no such file .* nothing is downloaded"),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--batch-size", "0"], "--batch-size 0: give 1"),
     (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3, .*: give multiples of"),
     (["--vae-steps", "-1"], "--vae-steps -1"),
     (["--lr", "nan"], "--lr nan"),
+    (["--vae-steps", "0", "--image-steps", "0", "--video-steps", "0"], "--video-steps 0: trains"),
     (["--ema", "1.5"], "--ema 1.5: give 0 to 1"),
     (["--seed", str(2**32)], "--seed 4294967296: give 0 to 4294967295"),
     (["--precision", "fp8"], '--precision "fp8": use fp32, bf16'),
