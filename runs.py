@@ -80,6 +80,7 @@ def release_folder(folder: Path, log: TextIO) -> None:
 
 def plot_losses(rows: list[dict], picture: Path) -> None:
     """Draw the losses of log.csv, a column for each stage; nothing without matplotlib."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own is known in the notebook alone
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -115,12 +115,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise InputError, before any work, if a file cannot be written."""
-    is_new = not path.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         open(path, "ab").close()
         if is_new:
             path.unlink()
+    except FileNotFoundError:
+        pass  # its folder will be made
     except OSError as error:
         raise InputError(f"--out {path}: cannot be written ({error.strerror}); choose "
                          f"another") from error

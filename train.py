@@ -299,10 +299,11 @@ def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
     return optimizers, ema
 
 
-def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, stage: str,
-                s: Settings, out: Path, resumed: dict | None = None) -> None:
+def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
+                stage: str, s: Settings, out: Path, resumed: dict | None = None) -> None:
     """Train one stage (paper §3) and leave the moving average of the weights in the model.
 
+    It trains on `latents` of cuts of the clips where there are some, else on the clips.
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
     network = model.vae if stage == "vae" else model.unet
@@ -313,9 +314,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, st
     compute_loss = stage_loss
     if world() > 1:
         compute_loss = DistributedDataParallel(stage_loss, find_unused_parameters=stage == "vae")
-    source = clips
-    if s.cache and stage in ("image", "video", "interpolate"):
-        source = encode_clips(model, clips, max(s.cache, len(clips.captions)), rank(), world())
+    source = latents or clips
     steps = getattr(s, f"{stage}_steps")
     use_bf16 = s.precision == "bf16"
     started = time.time()
@@ -505,7 +504,8 @@ def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
     Ten clips do not need the hours of thousands. A number of steps that a flag gives stays.
     """
     share = min(1, max(0.25, (count / 1000) ** 0.5))
-    names = [f"{stage}_steps" for stage in BASE_STAGES if f"{stage}_steps" not in overrides]
+    names = [name for name in ("vae_steps", "image_steps", "video_steps", "cache")
+             if name not in overrides]
     return replace(s, **{name: round(share * getattr(s, name)) for name in names})
 
 
@@ -543,9 +543,13 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
                     append_log(log, row)
         stages = stages[position:]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+    latents = []
     for stage in stages:
+        if s.cache and not latents and stage not in ("vae", "upscale"):
+            cuts = max(s.cache, len(clips.captions))
+            latents = encode_clips(model, clips, cuts, rank(), world())
         is_resumed = resumed and stage == resumed["stage"]
-        train_stage(model, clips, held_out, stage, s, out, resumed if is_resumed else None)
+        train_stage(model, clips, latents, held_out, stage, s, out, resumed if is_resumed else None)
     if rank() == 0:
         model.save(out / "model.pt")
         losses = [(float(row["held_out_loss"]), row["step"]) for row in read_log(log)

@@ -9,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import emoji
 from PIL import Image
 
 GENDERS = ("man", "woman", "person")
@@ -34,7 +33,9 @@ def held_out_captions(captions: list[str]) -> list[str]:
 
 
 def main(source: str, out: str) -> None:
-    """Copy what moves, and write metadata.jsonl and held_out.txt."""
+    """Copy what moves, and write metadata.jsonl and held_out.txt; needs the package emoji."""
+    import emoji
+
     names = {}
     for text, entry in emoji.EMOJI_DATA.items():
         code = "-".join(f"{ord(letter):04x}" for letter in text)
@@ -50,7 +51,7 @@ def main(source: str, out: str) -> None:
     rows = []
     for path, caption in clips.items():
         shutil.copy(path, folder)
-        rows.append(json.dumps({"file_name": path.name, "text": caption}, ensure_ascii=False) + "\n")
+        rows.append(json.dumps({"file_name": path.name, "text": caption}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows), "utf-8")
     files = [path.name + "\n" for path, caption in clips.items() if caption in held_out]
     (folder / "held_out.txt").write_text("".join(files), "utf-8")

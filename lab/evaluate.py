@@ -74,7 +74,7 @@ def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
     has the word of the prompt. Chance is that of a clip drawn at random. Then PSNR of the VideoVAE.
     """
     folder = open_folder(model, flags)
-    real = torch.stack([signature(torch.from_numpy(folder.pixels[start : start + total]))
+    real = torch.stack([signature(torch.tensor(folder.pixels[start : start + total]))
                         for start, total, _ in tqdm(folder.clips, "real clips", disable=None)])
     rows = []
     for name, part in zip(("trained captions", "held-out captions"), folder.split(flags.held_out)):

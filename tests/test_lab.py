@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from data import InputError, ShapesDataset
-from lab import ablation, benchmark, evaluate, fvd, results
+from data import ClipFolder, InputError, ShapesDataset
+from lab import ablation, animations, benchmark, evaluate, fvd, results
 from lab.judge import balanced_prompts, confusions, count, judge, wilson
 from magicvideo import PRESETS, MagicVideo
+from sample import write_clip
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,6 +166,53 @@ def test_speeds_see_whether_frames_a_second_are_obeyed(model, tmp_path, monkeypa
         assert speeds == sorted(speeds, reverse=True) and speeds[1] > 1
 
 
+def test_a_sample_is_told_from_its_nearest_clip_and_every_word_is_counted(
+        model, tmp_path, monkeypatch, capsys):
+    for n in range(20):
+        caption = f"{['man', 'woman'][n % 2]} {n // 2}"
+        write_clip(tmp_path / "clips" / f"{n:02}.webp", torch.randn(
+            9, 3, 16, 16, generator=torch.Generator().manual_seed(n)).clamp(-1, 1), 8)
+        (tmp_path / "clips" / f"{n:02}.txt").write_text(caption)
+    folder = ClipFolder(tmp_path / "clips", 8, 64)
+
+    def sampled(prompts, fps, *settings, seed):
+        """Return the clip of each caption, of a wrong man or woman where its number is 4."""
+        found = [folder.captions.index(p.replace(" 4", " 5")) for p in prompts]
+        return torch.stack([folder[i]["video"] for i in found])
+
+    monkeypatch.chdir(tmp_path)
+    stub = MagicVideo.load(model)
+    monkeypatch.setattr(stub, "sample", sampled)
+    monkeypatch.setattr(MagicVideo, "load", lambda *_: stub)
+    evaluate.main(["--checkpoint", str(model), "--data", "clips", "--words", "man woman"])
+    found = json.loads(Path("evaluation/results.json").read_text())
+    trained, trained_words, held_out, held_out_words = found["rows"]
+    assert (trained["prompts"], held_out["prompts"]) == (18, 2)
+    assert trained["top-1"] == pytest.approx(17 / 18) and trained["chance"] == 1 / 20
+    assert trained_words["top-1"] == 1 and trained_words["chance"] == 0.5
+    assert held_out["top-1"] == 0.5 and held_out_words["kind"] == "man woman"
+    assert found["reconstruction"][0]["clips"] == 2 and "top-5" in capsys.readouterr().out
+
+
+def test_the_animations_become_a_folder_and_a_tenth_of_their_combinations_is_held_out(tmp_path):
+    pytest.importorskip("emoji", reason="the names of emoji are in the package emoji")
+    frames = [Image.new("RGB", (8, 8), (50 * k, 0, 0)) for k in range(3)]
+    (tmp_path / "src").mkdir()
+    for code in ("1f9d1-1f3fb-200d-1f52c", "1f468-1f3ff-200d-1f52c", "1f600", "ffff"):
+        frames[0].save(tmp_path / "src" / f"{code}.webp", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "src" / "1f601.webp")  # it does not move
+    animations.main(str(tmp_path / "src"), str(tmp_path / "clips"))
+    clips = ClipFolder(tmp_path / "clips", 2, 8)
+    assert clips.captions == ["scientist light skin tone", "man scientist dark skin tone",
+                              "grinning face"]
+    kinds = [f"{gender} {what} {tone} skin tone" for what in "abcdefgh"
+             for gender in animations.GENDERS for tone in animations.TONES]
+    held_out = animations.held_out_captions(kinds + ["grinning face", "a b light dark skin tone"])
+    assert 0.05 < len(held_out) / len(kinds) < 0.15 and {*held_out} < {*kinds}
+    trained = " ".join({*kinds} - {*held_out}).split()
+    assert {word for caption in held_out for word in caption.split()} <= {*trained}
+
+
 def test_numbers_that_json_lacks_become_null(tmp_path):
     results.report(tmp_path / "r.json", Namespace(), {"rows": [{"a": "x", "b": math.nan}]})
     assert "NaN" not in (tmp_path / "r.json").read_text()
@@ -179,8 +228,8 @@ def test_wrong_flags_are_one_line_that_names_them(model, flags):
 def test_a_stage_that_the_model_lacks_and_folders_for_prompts_are_refused(model):
     with pytest.raises(InputError, match="--upscaling: .*train.py --stage upscale --init-from"):
         evaluate.main(["--checkpoint", model, "--upscaling", "--clips", "1"])
-    with pytest.raises(InputError, match="--data clips: add --reconstruction or --fvd"):
-        evaluate.main(["--checkpoint", model, "--data", "clips"])
+    with pytest.raises(InputError, match="--rates: measures shapes alone"):
+        evaluate.main(["--checkpoint", model, "--data", "clips", "--rates"])
 
 
 def test_a_mistake_ends_a_command_with_one_line_and_status_2():

@@ -93,12 +93,23 @@ def test_without_checkpoint_the_newest_run_is_taken_and_without_runs_the_way_is_
     ("--seed -1", "--seed -1"), ("--seed 4294967296", "--seed 4294967296.* 4294967295"),
     ("--guidance inf", "--guidance inf"), ("--out clip.txt", "clip.txt.*gif"),
     ("--sampler euler", "euler.*ddim or ddpm"),
+    ("--out folder.gif", "folder.gif: cannot be written .*directory.*choose another"),
+    ("--out file/a.gif", "file/a.gif: cannot be written"),
+    (f"--out {'a' * 252}.gif", "aaa.gif: cannot be written .*too long"),
 ])
 def test_wrong_flags_are_one_line_before_the_model_is_loaded(flags, words, monkeypatch):
+    Path("folder.gif").mkdir()
+    Path("file").touch()
     monkeypatch.setattr(MagicVideo, "load", lambda *_: pytest.fail("loaded first"))
     with pytest.raises(InputError) as error:
         sample.main(["a red circle", *flags.split()])
     assert re.search(words, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_a_prompt_that_is_too_long_is_said_to_be_cut(model, capsys):
+    sample.main(["a red circle " * 9, "a red circle", "--checkpoint", model, "--steps", "1"])
+    said = capsys.readouterr().out
+    assert said.count("too long") == 1 and 'of it is read: "a red circle a red circle"' in said
 
 
 def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_path, monkeypatch):
@@ -112,6 +123,12 @@ def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_p
         with pytest.raises(InputError, match=words):
             sample.main(["a red circle", "--checkpoint", model, *flags.split()])
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
+
+
+def test_an_mp4_is_a_file_whatever_colons_its_folder_has(tmp_path):
+    pytest.importorskip("av", reason="writing .mp4 needs av")
+    write_clip(tmp_path / "10:30" / "a.mp4", VIDEO, 8)
+    assert len(read_clip(tmp_path / "10:30" / "a.mp4")[0]) == 8
 
 
 VIDEO = clip_of_bytes()
