@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -185,13 +186,15 @@ def draw_shape(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.nda
 # --------------------------------------------------------------------------------------------------
 # Folders of clips
 
-ANIMATIONS = (".gif", ".webp", ".png")  # read by Pillow
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")  # read by av
+ANIMATIONS = (".gif", ".webp", ".png", ".apng")  # read by Pillow
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv",
+          ".3gp")  # read by av
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
 TABLES = (".jsonl", ".csv", ".tsv", ".json")  # named metadata, captions or prompts
 NAME_COLUMNS = ("file_name", "filename", "file", "name", "video", "clip", "path")
 TEXT_COLUMNS = ("text", "caption", "prompt", "description")
 FOLDER_FPS = 8  # of such a clip, which says none: the default of sampling
+MAX_RATE = 120  # what lies closer together is no rate but a glitch
 MAX_PIXELS = 2**25  # of a frame, one of 8K video; a file of a few bytes can claim any number
 MAX_FRAMES = 1000  # of a clip: what comes later in a longer one is not used
 
@@ -214,27 +217,28 @@ class ClipFolder(ClipDataset):
         super().__init__(frames, size, seed, fps)
         clips, others = find_clips(Path(path))
         self.names = [clip.relative_to(path).as_posix() for clip in clips]
+        self.all_names = self.names
         self.captions, others = read_captions(clips, others)
         self.pixels, self.clips, place = decode_once(path, clips, size, store, max_frames)
-        bad = [clip if isinstance(clip, str) else f"{name}: {clip[1]} of {frames} frames"
-               for name, clip in zip(self.names, self.clips)
-               if isinstance(clip, str) or clip[1] < frames]
-        good = [i for i, clip in enumerate(self.clips)
-                if not isinstance(clip, str) and clip[1] >= frames]
+        good = [i for i, (_, total, _) in enumerate(self.clips) if total >= frames]
+        bad = [f"{name}: {f'{total} of {frames} frames' if total else reason}"
+               for name, (_, total, reason) in zip(self.names, self.clips) if total < frames]
         if bad and not (skip_unusable and good):
             raise InputError(f"{path}: {len(bad)} of {len(clips)} clips cannot be used: "
                              f"{'; '.join(bad)}; replace or remove them, lower --frames, or add "
                              f"--skip-unusable")
         vars(self).update(vars(self.subset(good)))
-        self.notes = [f"{path}: {len(good)} clips, decoded once to {place} "
-                      f"({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files passed over"]
+        folders = sum(clip.is_dir() for clip in clips)
+        self.notes = [f"{path}: {len(good)} clips ({folders} folders of pictures), decoded once to "
+                      f"{place} ({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files "
+                      f"passed over"]
         self.notes += [f"left out: {reason}" for reason in bad]
         if long := sum(clip[1] == max_frames for clip in self.clips):
             self.notes.append(f"of {long} clips the first {max_frames} frames are used; "
                               f"--max-frames changes that")
         unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)]
         if unread and "" in self.captions:
-            self.notes.append(f"{unread[0]}: not read; captions are read from metadata.csv, "
+            self.notes.append(f"{unread[0]}: read for no caption; they come from metadata.csv, "
                               f"columns file_name and text, or from NAME.txt")
 
     def __len__(self) -> int:
@@ -257,31 +261,31 @@ class ClipFolder(ClipDataset):
 
     def split(self, held_out_file: str = "") -> tuple["ClipFolder", "ClipFolder"]:
         """Part clips to train on from those held out: every tenth, or those named in a file."""
-        held_out = list(range(len(self))[9::10] or range(len(self))[-1:])
+        held_out = {*(range(len(self))[9::10] or range(len(self))[-1:])}
         if held_out_file:
             lines = read_text(Path(held_out_file)).split("\n")
-            names = [line.strip() for line in lines if line.strip()]
-            held_out = [i for i, name in enumerate(self.names) if name in names]
-            if len(held_out) < len(names) or not 0 < len(held_out) < len(self):
-                raise InputError(f"--held-out {held_out_file}: {len(names)} lines, {len(held_out)} "
-                                 f"of them clips of this folder; name some of them, one a line")
-        trained = [i for i in range(len(self)) if i not in held_out]
-        return self.subset(trained or held_out), self.subset(held_out)
+            names = {line.strip() for line in lines} - {""}
+            held_out = {i for i, name in enumerate(self.names) if name in names}
+            if unknown := names - {*self.all_names}:
+                raise InputError(f"--held-out {held_out_file}: {min(unknown)!r} is no clip of this "
+                                 f"folder; correct it")
+            if not 0 < len(held_out) < len(self):
+                raise InputError(f"--held-out {held_out_file}: names {len(held_out)} of "
+                                 f"{len(self)} clips; name some of them, one a line")
+        trained = {*range(len(self))} - held_out or held_out
+        return self.subset(sorted(trained)), self.subset(sorted(held_out))
 
 
 def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier: int = 1,
-              store: str | Path | None = None, max_frames: int = MAX_FRAMES,
-              skip_unusable: bool = False,
-              held_out: str = "") -> tuple[ClipDataset, ClipDataset]:
+              held_out: str = "", **of_folder) -> tuple[ClipDataset, ClipDataset]:
     """Open "shapes" or a folder of clips -> clips to train on, and clips held out.
 
-    Of shapes those of split "test" are held out; of a folder see `ClipFolder.split`.
+    Of shapes those of split "test" are held out; of a folder see `ClipFolder` and its `split`.
     """
     if name == "shapes":
         return (ShapesDataset("train", frames, size, seed, rate_multiplier=rate_multiplier),
                 ShapesDataset("test", frames, size, seed, rate_multiplier=rate_multiplier))
-    clips = ClipFolder(name, frames, size, seed, None, store, max_frames, skip_unusable)
-    return clips.split(held_out)
+    return ClipFolder(name, frames, size, seed, **of_folder).split(held_out)
 
 
 def find_clips(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -295,12 +299,16 @@ def find_clips(folder: Path) -> tuple[list[Path], list[Path]]:
     clips = []
     others = []
     folders = [folder]
-    while folders:
-        for entry in sorted(folders.pop(0).iterdir(), key=natural_key):
+    seen = set()  # links can go round
+    for parent in folders:  # grows on the way
+        if parent.resolve() in seen or (parent / "log.csv").exists() and parent != folder:
+            continue
+        seen.add(parent.resolve())
+        for entry in parent.iterdir():
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             if entry.is_dir() and not is_numbered(entry):
-                folders += [] if (entry / "log.csv").exists() else [entry]
+                folders.append(entry)
             elif entry.is_dir() or is_moving(entry):
                 clips.append(entry)
             else:
@@ -309,27 +317,33 @@ def find_clips(folder: Path) -> tuple[list[Path], list[Path]]:
         kinds = ", ".join(ANIMATIONS + VIDEOS)
         raise InputError(f"--data {folder}: no clips in it; put {kinds} or folders of numbered "
                          f"images there")
-    return sorted(clips, key=natural_key), others
+    return sorted(clips, key=natural_key), sorted(others, key=natural_key)
 
 
 def is_moving(file: Path) -> bool:
     """Tell a clip from another file; one picture alone beside the clips is a cover."""
     suffix = file.suffix.lower()
-    if suffix not in (".png", ".webp"):
-        return suffix in ANIMATIONS + VIDEOS
+    if suffix not in (".png", ".webp") or not file.exists():
+        return suffix in ANIMATIONS + VIDEOS and file.exists()
     try:
         with Image.open(file) as image:
-            return image.is_animated
+            return getattr(image, "is_animated", False)
     except Exception:  # it is damaged, which its decoder will say
         return True
 
 
 def is_numbered(folder: Path) -> bool:
     """Tell a clip of numbered images from a folder that holds clips."""
-    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-    images = [file for file in files if file.suffix.lower() in IMAGES]
-    numbered = [file for file in images if re.search(r"\d", file.stem)]
-    return len(numbered) > 1 and not any(is_moving(file) for file in {*files} - {*numbered[1:]})
+    images = numbered_images(folder)
+    others = [file for file in folder.iterdir() if file not in images]
+    return len(images) > 1 and not any(map(is_moving, [*others, *images[:3], images[-1]]))
+
+
+def numbered_images(folder: Path) -> list[Path]:
+    """List the images whose names hold a number, in natural order."""
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in IMAGES
+                   and re.search(r"\d", file.stem) and not file.name.startswith(".")),
+                  key=natural_key)
 
 
 def natural_key(path: Path) -> list:
@@ -346,18 +360,21 @@ def read_captions(clips: list[Path], others: list[Path]) -> tuple[list[str], lis
     """
     texts = {str(file).lower(): file for file in others}
     captions = {}
+    read = set()
     for clip in clips:
         stem = clip if clip.is_dir() else clip.with_suffix("")
         places = [f"{stem}.txt", f"{stem}.caption", f"{stem.parent}/captions/{stem.name}.txt",
                   f"{stem.parent.parent}/captions/{stem.name}.txt"]
-        found = [texts.pop(place.lower()) for place in places if place.lower() in texts]
+        found = [texts[place.lower()] for place in places if place.lower() in texts]
         captions[clip] = read_text(found[0]) if found else ""
-    by_name = {str(clip.with_suffix("")): clip for clip in clips} | {str(c): c for c in clips}
-    for key, table in list(texts.items()):
+        read |= {*found}
+    by_name = {os.path.abspath(clip.with_suffix("")): clip for clip in clips}
+    by_name |= {os.path.abspath(clip): clip for clip in clips}
+    for table in others:
         is_table = table.stem.lower() in ("metadata", "captions", "prompts")
         if not is_table or table.suffix.lower() not in TABLES:
             continue
-        del texts[key]
+        read.add(table)
         for line, row in read_table(table):
             name = next((row[column] for column in NAME_COLUMNS if column in row), None)
             text = next((row[column] for column in TEXT_COLUMNS if column in row), None)
@@ -365,14 +382,14 @@ def read_captions(clips: list[Path], others: list[Path]) -> tuple[list[str], lis
                 columns = ", ".join(str(column) for column in row if column) or "none"
                 raise InputError(f"{table}: line {line} must have file_name and text (in quotes "
                                  f"where it has commas); the columns found are {columns}")
-            path = os.path.normpath(table.parent / name)
+            path = os.path.abspath(table.parent / name)
             if path in by_name:
                 captions[by_name[path]] = text
             elif not os.path.exists(path):
                 raise InputError(f"{table}: line {line}: {name!r} is no clip in this folder; add "
                                  f"it or remove the line")
-    captions = [text.encode("utf-8", "replace").decode() for text in captions.values()]
-    return [" ".join(text.split()) for text in captions], list(texts.values())
+    texts = [text.encode("utf-8", "replace").decode() for text in captions.values()]
+    return [" ".join(text.split()) for text in texts], [f for f in others if f not in read]
 
 
 def read_text(file: Path) -> str:
@@ -394,7 +411,7 @@ def read_table(table: Path) -> Iterator[tuple[int, dict]]:
         if table.suffix.lower() in (".csv", ".tsv"):
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-            rows = [*enumerate(reader, 2)]
+            rows = [(reader.line_num, row) for row in reader]
         elif table.suffix.lower() == ".json":
             rows = json.loads(text)
             if isinstance(rows, dict):  # name -> caption
@@ -412,16 +429,22 @@ def read_table(table: Path) -> Iterator[tuple[int, dict]]:
 
 
 def decode_once(folder: str | Path, clips: list[Path], size: int, store: str | Path | None,
-                max_frames: int) -> tuple[np.ndarray, list, Path]:
+                max_frames: int) -> tuple[np.ndarray, list[tuple], Path]:
     """Decode all clips to memory-mapped pixels, uint8 (n, size, size, 3), or find them in `store`.
 
-    Returns them with (first frame, number of frames, frames a second) of each clip, or why it
-    cannot be read, and the file. A store is keyed by name, size and time of change of every file,
-    and is written whole or not at all.
+    Returns them with (first frame, number of frames, frames a second) of each clip, (0, 0, reason)
+    of one that cannot be read, and the file. A store is keyed by name, size and time of change of
+    every file, and is written whole or not at all; of several processes one decodes.
     """
     if store is None:  # the mapping outlives the name of its file
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
             return decode_once(folder, clips, size, temporary, max_frames)
+    if any(clip.suffix.lower() in VIDEOS and clip.is_file() for clip in clips):
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            raise InputError(f"{folder}: reading its videos needs a package: pip install "
+                             f"av") from error
     files = []
     for clip in clips:
         files += sorted(clip.iterdir()) if clip.is_dir() else [clip]
@@ -430,49 +453,71 @@ def decode_once(folder: str | Path, clips: list[Path], size: int, store: str | P
     key = hashlib.sha256(ascii((states, size, max_frames)).encode()).hexdigest()[:16]
     pixels = Path(store) / f"{key}.u8"
     index = Path(store) / f"{key}.json"
-    if not (index.is_file() and pixels.is_file()):
-        part = Path(store) / f"{key}.{os.getpid()}.part"
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
-                spans = decode_all(folder, clips, size, max_frames, file)
-            os.replace(part, pixels)
-            part.write_text(json.dumps(spans))
-            os.replace(part, index)
-        except OSError as error:
-            raise InputError(f"--frame-store {store}: the frames of {folder} cannot be written "
-                             f"({error.strerror or error}); make room or choose another") from error
-        finally:
-            part.unlink(missing_ok=True)
-    spans = [span if isinstance(span, str) else tuple(span)
-             for span in json.loads(index.read_text())]
-    count = sum(span[1] for span in spans if not isinstance(span, str))
+    part = Path(store) / f"{key}.part"
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(index, "a+") as lock:
+            lock_file(lock)
+            spans = read_index(index, pixels, size)
+            retried = [clip for clip, span in zip(clips, spans) if not span[1]]
+            if not spans or any(decode_clip(clip, size, max_frames)[0] is not None
+                                for clip in retried):
+                with open(part, "wb") as file:
+                    spans = decode_all(folder, clips, size, max_frames, file)
+                os.replace(part, pixels)
+                index.write_text(json.dumps(spans))
+    except OSError as error:
+        raise InputError(f"--frame-store {store}: the frames of {folder} cannot be written "
+                         f"({error.strerror or error}); make room or choose another") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    count = sum(span[1] for span in spans)
     frames = np.memmap(pixels, np.uint8, "r") if count else np.zeros(0, np.uint8)
-    return frames.reshape(count, size, size, 3), spans, pixels
+    return frames.reshape(count, size, size, 3), [tuple(span) for span in spans], pixels
 
 
-def decode_all(folder: str | Path, clips: list[Path], size: int, max_frames: int, file) -> list:
+def read_index(index: Path, pixels: Path, size: int) -> list[list]:
+    """Read the spans of a store, none where it is not whole."""
+    try:
+        spans = json.loads(index.read_text())
+        length = sum(span[1] for span in spans) * size * size * 3
+        return spans if pixels.stat().st_size == length else []
+    except (OSError, ValueError):
+        return []
+
+
+def lock_file(file) -> None:
+    """Wait until no other process holds the file; Windows and some networks have no locks."""
+    with suppress(ImportError, OSError):
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def decode_clip(clip: Path, size: int, max_frames: int) -> tuple[np.ndarray | None, float | str]:
+    """Read a clip -> its frames and their rate, or None and why it cannot be read."""
+    try:
+        return read_clip(clip, size, max_frames)
+    except InputError as error:
+        return None, str(error)
+
+
+def decode_all(folder: str | Path, clips: list[Path], size: int, max_frames: int,
+               file) -> list[tuple]:
     """Write the frames of all clips to a file; returns (first frame, number, rate) of each."""
-
-    def decode(clip: Path) -> tuple[np.ndarray, float] | str:
-        try:
-            return read_clip(clip, size, max_frames)
-        except InputError as error:
-            return str(error)
-
     spans = []
     start = 0
-    group = 4 * os.cpu_count()  # of clips in memory at a time
+    at_once = max(1, min(4 * os.cpu_count(), 2**31 // (size**2 * 3 * max_frames)))  # in 2 GB
     bar = tqdm(total=len(clips), desc=f"decoding {folder}", unit="clip", disable=None)
-    with ThreadPool() as pool, bar:
-        for i in range(0, len(clips), group):
-            for decoded in pool.imap(decode, clips[i : i + group]):
-                if not isinstance(decoded, str):
-                    frames, rate = decoded
+    with ThreadPool(min(at_once, os.cpu_count())) as pool, bar:
+        for i in range(0, len(clips), at_once):
+            chunk = [(clip, size, max_frames) for clip in clips[i : i + at_once]]
+            for frames, rate in pool.starmap(decode_clip, chunk):
+                total = 0 if frames is None else len(frames)
+                if total:
                     file.write(frames.tobytes())
-                    decoded = start, len(frames), rate
-                    start += len(frames)
-                spans.append(decoded)
+                spans.append((start if total else 0, total, rate))
+                start += total
                 bar.update()
     return spans
 
@@ -482,8 +527,8 @@ def read_clip(path: str | Path, size: int | None = None,
     """Read the frames of a clip, uint8 (n, h, w, 3), centre squares resized where size is given.
 
     Returns them with their frames a second. As players show it: upright, every picture for its
-    time, which makes it one frame or several, a delay of 0 as 100 ms; alpha lies on black. Raises
-    InputError for what cannot be read.
+    time, which makes it one frame or several, a delay of up to 10 ms as 100 ms; alpha lies on
+    black. Raises InputError for what cannot be read.
     """
     path = Path(path)
     decode = decode_images if path.is_dir() else decode_animation
@@ -501,13 +546,12 @@ def read_clip(path: str | Path, size: int | None = None,
             raise EOFError("no frames in it")
         # a frame lasts as long as the shortest pictures do: 120 and 130 ms in a GIF are one frame
         # each, 8 a second, a merged pair two; one picture in twenty may be a glitch
-        shortest = sorted(seconds)[len(seconds) // 20]
-        single = [shown for shown in seconds if shortest <= shown < shortest * 3 / 2]
+        shortest = max(sorted(seconds)[len(seconds) // 20], Fraction(1, MAX_RATE))
+        single = [shown for shown in seconds if shortest <= shown < shortest * 3 / 2] or [shortest]
         rate = len(single) / sum(single)
         ends = [round(end * rate) for end in itertools.accumulate(seconds)]
-        counts = np.diff(ends, prepend=0).clip(max=max_frames).astype(int)
-        frames = np.repeat(np.stack(pictures), counts, axis=0)[:max_frames]
-        return frames, float(ends[-1] / sum(seconds))
+        counts = np.diff([min(end, max_frames) for end in ends], prepend=0)
+        return np.repeat(np.stack(pictures), counts, axis=0), float(ends[-1] / sum(seconds))
     except Exception as error:  # decoders have many for a damaged file
         remedy = "pip install av" if isinstance(error, ImportError) else "replace or remove it"
         reason = " ".join(str(error).split())
@@ -518,12 +562,9 @@ def read_clip(path: str | Path, size: int | None = None,
 
 def decode_images(folder: Path) -> Iterator[tuple[Image.Image, Fraction]]:
     """Decode a folder of numbered images."""
-    images = [file for file in folder.iterdir()
-              if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
-    for file in sorted(images, key=natural_key):
+    for file in numbered_images(folder):
         with Image.open(file) as image:
-            picture = to_rgb(ImageOps.exif_transpose(image))
-            yield picture, Fraction(1, FOLDER_FPS)
+            yield to_rgb(ImageOps.exif_transpose(image)), Fraction(1, FOLDER_FPS)
 
 
 def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
@@ -536,7 +577,8 @@ def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
             except EOFError:
                 break
             image.load()  # Pillow knows the duration of a WebP's picture once it is decoded
-            yield to_rgb(image), Fraction(image.info.get("duration") or 100) / 1000
+            delay = image.info.get("duration") or 0
+            yield to_rgb(image), Fraction(delay if delay > 10 else 100) / 1000  # as browsers
         file.seek(-1, os.SEEK_CUR)
         # Pillow takes a GIF that is cut off between two pictures for a short one
         if image.format == "GIF" and file.read(1) != b";":

@@ -4,11 +4,13 @@ A run writes OUT/model.pt, checkpoint.pt, log.csv, loss.png (with matplotlib) an
 ranks are the processes of torchrun, or those that `start_ranks` starts on a CPU with several cores.
 """
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -18,11 +20,6 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -48,14 +45,15 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 def claim_folder(out: str | None, name: str, n: int = 1) -> tuple[Path, TextIO]:
     """Make a run's folder, OUT or a new runs/NAME[-N] -> it and its log.csv, open and locked.
 
-    The lock ends with the file or the process; Windows has none. Raises InputError where another
-    training has the folder, or it cannot be made.
+    The lock ends with the file or the process; Windows and some networks have none. Raises
+    InputError where another training has the folder, or it cannot be made.
     """
     folder = Path(out or f"runs/{name}{f'-{n}' if n > 1 else ''}")
     try:
         folder.mkdir(parents=True, exist_ok=bool(out))
         log = open(folder / "log.csv", "a")
-        if fcntl:
+        with suppress(ImportError):
+            import fcntl
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(f"--out {out}: another training writes there; wait for its end, or choose "
@@ -63,19 +61,21 @@ def claim_folder(out: str | None, name: str, n: int = 1) -> tuple[Path, TextIO]:
     except OSError as error:
         if isinstance(error, FileExistsError) and not out:
             return claim_folder(out, name, n + 1)
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a network without locks
+            return folder, log
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose "
                          f"another") from error
     return folder, log
 
 
 def release_folder(folder: Path, log: TextIO) -> None:
-    """Unlock a run's folder; one in which nothing was logged goes, and an empty runs/ too."""
-    log.close()
+    """Unlock a run's folder; one in which there is but an empty log goes."""
     with suppress(OSError):
         if not (folder / "log.csv").stat().st_size:
             (folder / "log.csv").unlink()
             folder.rmdir()
-            folder.parent.rmdir()
+            Path("runs").rmdir()
+    log.close()
 
 
 def plot_losses(rows: list[dict], picture: Path) -> None:
@@ -109,6 +109,23 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_command(name: str, main: Callable) -> None:
+    """Run a command; a mistake of the user's ends it with one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a caption may not be in the console's encoding
+        stream.reconfigure(errors="backslashreplace")
+    torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
+    try:
+        main()
+    except (InputError, OSError, ModuleNotFoundError) as error:
+        remedy = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {error}{remedy}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped, nothing written", file=sys.stderr)
+        sys.exit(130)
 
 
 # --------------------------------------------------------------------------------------------------

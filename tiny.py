@@ -1,8 +1,9 @@
 """What a 64-pixel model trained from nothing in minutes needs beyond the paper, and why (all ours).
 
-`StaggeredDiffusion` and Muon are for preset `tiny` alone, `VDiffusion` for the cascade too; `small`
-and `paper` train and sample as `diffusion.py` says. At the end, for every preset: optimizers,
-moving average, latents encoded once. Each trick was measured (docs/measurements.md).
+`StaggeredDiffusion` and Muon are for presets `tiny` and `laptop`, `VDiffusion` for the cascade too;
+`small` and `paper` train and sample as `diffusion.py` says. `VPrediction` is for models from SD. At
+the end, for every preset: optimizers, moving average, latents encoded once. Each trick was measured
+(docs/measurements.md).
 """
 
 import math

@@ -40,8 +40,8 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, InputError, open_data
 from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
-from runs import (claim_folder, join_ranks, plot_losses, release_folder, save_checkpoint,
-                  start_ranks, stop_signals)
+from runs import (claim_folder, join_ranks, plot_losses, release_folder, run_command,
+                  save_checkpoint, start_ranks, stop_signals)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
@@ -101,7 +101,7 @@ GROUPS = {"preset": "what", "vae_steps": "how long", "batch_size": "optimisation
 GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "video_lr_scale": 1.0, "kl_weight": 1e-4,
                 "interpolate_steps": 50_000, "upscale_steps": 50_000}
 PRESET_SETTINGS = {
-    "laptop": {"vae_steps": 3500, "image_steps": 3500, "video_steps": 4000, "cache": 6000,
+    "laptop": {"vae_steps": 3500, "image_steps": 2500, "video_steps": 2500, "cache": 6000,
                "kl_weight": 5e-4},
     "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
               "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
@@ -134,12 +134,19 @@ def check(s: Settings) -> None:
     choices = {"preset": [*PRESETS], "stage": ["", *ALL_STAGES], "precision": ["fp32", "bf16"]}
     highest = {"ema": 1, "text_dropout": 1, "seed": 2**32 - 1}
     for name, value in asdict(s).items():
-        least = int(name in ("batch_size", "vae_batch_size", "accumulate", "save_every"))
+        least = int(name in ("batch_size", "vae_batch_size", "accumulate", "save_every",
+                             "max_frames"))
         most = highest.get(name, 2**62)
         if value not in choices.get(name, [value]):
             raise InputError(f'--{name} "{value}": use {", ".join(filter(None, choices[name]))}')
         if not isinstance(value, str) and not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')} {value}: give {least} to {most}")
+    try:
+        re.compile(s.trainable)
+    except re.error as error:
+        raise InputError(f'--trainable "{s.trainable}": {error}') from error
+    if s.held_out and not Path(s.held_out).is_file():
+        raise InputError(f"--held-out {s.held_out}: no such file; name one of clips, one a line")
     stages = [s.stage] if s.stage else BASE_STAGES
     if not any(getattr(s, f"{stage}_steps") for stage in stages):
         raise InputError(f"--{stages[-1]}-steps 0: trains nothing; give 1 or more")
@@ -256,10 +263,7 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
     named = dict(network.named_parameters())
     if stage in ("image", "video") and not model.config.pretrained:
         named |= {f"text_encoder.{name}": p for name, p in model.text_encoder.named_parameters()}
-    try:
-        chosen = [name for name in named if re.search(s.trainable, name)]
-    except re.error as error:
-        raise InputError(f'--trainable "{s.trainable}": {error}') from error
+    chosen = [name for name in named if re.search(s.trainable, name)]
     image = [name for name in chosen if not is_video_parameter(name)]
     video = [name for name in chosen if is_video_parameter(name)]
     if stage == "vae" and model.config.pretrained:  # latents must stay what the U-Net knows
@@ -447,7 +451,7 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
     """Write checkpoint.pt, from which the run goes on, and model.pt, as if the stage ended here."""
     save_checkpoint(out / "checkpoint.pt", {
         "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
-        "step": step, "model": model.state(), "network": network.state_dict(), "ema": ema.shadow,
+        "step": step, "clips": getattr(clips, "names", []), "model": model.state(), "network": network.state_dict(), "ema": ema.shadow,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     scaling_factor = model.config.vae.scaling_factor
     with ema.applied():
@@ -462,8 +466,8 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
 # A run
 
 
-# at --resume: where data is, and what does not change the result
-CAN_CHANGE = ("data", "frame_store", "save_every", "sample_every")
+# at --resume: where files are, and how often something is written
+CAN_CHANGE = ("data", "held_out", "frame_store", "save_every", "sample_every")
 
 
 def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
@@ -482,6 +486,7 @@ def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
         elif value != getattr(s, name):
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started "
                              f"with {getattr(s, name)} and goes on with it; leave the flag out")
+    check(s)
     return s, MagicVideo.from_state(resumed.pop("model"), out / "checkpoint.pt"), resumed
 
 
@@ -509,16 +514,15 @@ def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
     return replace(s, **{name: round(share * getattr(s, name)) for name in names})
 
 
-def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings) -> None:
-    """Print what was read of a folder of clips, and how long it will be trained on."""
-    captions = clips.captions + held_out.captions
+def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset) -> None:
+    """Print what was read of a folder of clips and of their captions."""
+    captions = [caption for caption in clips.captions + held_out.captions if caption]
+    missing = len(clips) + len(held_out) - len(captions)
     length = model.config.text.context_length
     cut = sum(len(model.tokenizer.encode(caption)) > length - 2 for caption in captions)
-    steps = [f"{getattr(s, f'{stage}_steps')} steps of {stage}" for stage in BASE_STAGES]
     print(*clips.notes, sep="\n")
-    print(f"captions: {captions.count('')} missing, {len(captions) - len({*captions})} the same as "
-          f"another, {cut} cut at {length} tokens\n{len(held_out)} clips held out; preset "
-          f"{s.preset}, {', '.join(steps)}")
+    print(f"captions: {missing} missing, {len(captions) - len({*captions})} the same as another, "
+          f"{cut} cut at {length} tokens; {len(held_out)} clips held out")
 
 
 def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
@@ -531,6 +535,8 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
     stages = [s.stage] if s.stage else stages
     if skipped == "vae" and not s.stage:
         say(f"the VAE of {s.init_from} stays as it is; --stage vae trains it")
+    say(f"preset {s.preset}: " + ", ".join(f"{getattr(s, f'{stage}_steps')} steps of stage {stage}"
+                                             for stage in stages))
     log = out / "log.csv"
     if resumed:
         position = stages.index(resumed["stage"])
@@ -538,8 +544,8 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
             rows = read_log(log)
             log.write_text("")
             for row in rows:
-                behind = row["stage"] == resumed["stage"] and int(row["step"]) > resumed["step"]
-                if not behind and row["stage"] not in stages[position + 1 :]:
+                later = row["stage"] == resumed["stage"] and int(row["step"]) > resumed["step"]
+                if not later and row["stage"] not in stages[position + 1 :]:
                     append_log(log, row)
         stages = stages[position:]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
@@ -566,13 +572,14 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
 def main(arguments: list[str], script: str | None = None) -> None:
     """Read the command line and train; on a CPU by several processes of `script`."""
     flags, overrides = read_flags(arguments)
-    torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
     device = pick_device(flags.device)
     if world() > 1 and not flags.out:
         raise InputError("torchrun: add --out FOLDER, so that all processes find it")
     out = Path(flags.out or "")
     has_run = bool(flags.out) and (out / "checkpoint.pt").exists()
     resumed = None
+    if flags.resume and not flags.out:
+        raise InputError("--resume: name the run's folder with --out")
     if flags.resume or has_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         s, model, resumed = resume(out, overrides)
     elif has_run or flags.out and (out / "model.pt").exists():
@@ -592,18 +599,23 @@ def main(arguments: list[str], script: str | None = None) -> None:
                          f"{frames} frames")
     size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
     rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
-    clips, held_out = open_data(s.data, frames, size, s.seed, rate_multiplier, s.frame_store,
-                                s.max_frames, s.skip_unusable, s.held_out)
-    if not resumed and s.data != "shapes":
-        s = scale_steps(s, overrides, len(clips))
+    log = None
     if rank() == 0:
         out, log = claim_folder(flags.out, Path(s.data).resolve().name)
         if not resumed:
             log.truncate(0)  # of a run that was killed before its first checkpoint
     processes = []
-    if count > world():
-        processes = start_ranks(count, [script, *arguments, "--out", str(out)])
     try:
+        clips, held_out = open_data(
+            s.data, frames, size, s.seed, rate_multiplier, s.held_out, store=s.frame_store,
+            max_frames=s.max_frames, skip_unusable=s.skip_unusable)
+        if resumed and resumed["clips"] != getattr(clips, "names", []):
+            raise InputError(f"--data {s.data}: its clips are not those that the run began with; "
+                             f"name a folder with the same")
+        if not resumed and s.data != "shapes":
+            s = scale_steps(s, overrides, len(clips))
+        if count > world():
+            processes = start_ranks(count, [script, *arguments, "--out", str(out)])
         device = join_ranks(device)
         torch.manual_seed(s.seed)
         if not model:
@@ -612,7 +624,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
             # log sigma^2 starts at -6: with noise of size 1 the decoder would ignore the latents
             nn.init.constant_(model.vae.quant_conv.bias[model.config.vae.latent_channels :], -6.0)
         if rank() == 0 and s.data != "shapes":
-            describe(model, clips, held_out, s)
+            describe(model, clips, held_out)
         train(model.to(device).train(), clips, held_out, s, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
@@ -625,19 +637,9 @@ def main(arguments: list[str], script: str | None = None) -> None:
     finally:
         for process in processes:  # they have ended, or wait for this one, which has failed
             process.kill()
-        if rank() == 0:
+        if log:
             release_folder(out, log)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a caption may not be in the console's encoding
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main(sys.argv[1:], __file__)
-    except (InputError, OSError) as error:
-        if rank() == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("train.py: stopped, nothing saved yet", file=sys.stderr)
-        sys.exit(130)
+    run_command("train.py", lambda: main(sys.argv[1:], __file__))

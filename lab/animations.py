@@ -1,15 +1,17 @@
-"""Makes a clip folder of 2,107 animated emoji: `python -m lab.animations SRC OUT` (MIT licence).
+"""Makes a clip folder of 2,109 animated emoji: `python -m lab.animations SRC OUT` (MIT licence).
 
 SRC holds the unpacked npm packages @lobehub/fluent-emoji-anim-1 to -4; captions are the English
 names of the package emoji: gender, occupation and skin tone combine. See docs/own_clips.md.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
+
+from runs import run_command
 
 GENDERS = ("man", "woman", "person")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -32,31 +34,34 @@ def held_out_captions(captions: list[str]) -> list[str]:
         3 * kinds.index(parts[0]) + 5 * GENDERS.index(parts[1]) + TONES.index(parts[2])) % 10 == 0]
 
 
-def main(source: str, out: str) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Copy what moves, and write metadata.jsonl and held_out.txt; needs the package emoji."""
     import emoji
 
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, help="folder of the unpacked packages")
+    parser.add_argument("out", type=Path, help="a new folder")
+    flags = parser.parse_args(arguments)
     names = {}
     for text, entry in emoji.EMOJI_DATA.items():
         code = "-".join(f"{ord(letter):04x}" for letter in text)
         names[code] = entry["en"].strip(":").replace("_", " ")
     clips = {}
-    for path in sorted(Path(source).rglob("*.webp")):
+    for path in sorted(flags.source.rglob("*.webp")):
         with Image.open(path) as image:
             if image.n_frames > 1 and path.stem in names:
                 clips[path] = names[path.stem]
-    folder = Path(out)
-    folder.mkdir(parents=True)
+    flags.out.mkdir(parents=True)
     held_out = held_out_captions([*clips.values()])
     rows = []
     for path, caption in clips.items():
-        shutil.copy(path, folder)
+        shutil.copy(path, flags.out)
         rows.append(json.dumps({"file_name": path.name, "text": caption}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows), "utf-8")
+    (flags.out / "metadata.jsonl").write_text("".join(rows))
     files = [path.name + "\n" for path, caption in clips.items() if caption in held_out]
-    (folder / "held_out.txt").write_text("".join(files), "utf-8")
-    print(f"{len(clips)} clips in {folder}, {len(files)} of them in held_out.txt")
+    (flags.out / "held_out.txt").write_text("".join(files))
+    print(f"{len(clips)} clips in {flags.out}, {len(files)} of them in held_out.txt")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command("lab.animations", main)

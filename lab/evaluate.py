@@ -79,6 +79,8 @@ def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
     rows = []
     for name, part in zip(("trained captions", "held-out captions"), folder.split(flags.held_out)):
         captions = [*dict.fromkeys(filter(None, part.captions))]
+        if not captions:
+            raise InputError(f"--data {flags.data}: no {name}; add some to metadata.csv")
         prompts = captions[:: -(-len(captions) // flags.prompts)]
         videos = sample_prompts(model, prompts, flags, flags.fps)
         write_clip(Path(flags.out) / f"{name.split()[0]}.png", film_strip(videos[:24])[None], fps=1)
@@ -248,8 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--out", default="evaluation", help="folder of the results (evaluation)")
     flags = parser.parse_args(arguments)
-    check_ranges(flags, seeds=(1, 10**6), prompts=(1, 10**6), clips=(1, 10**6), seed=(0, 2**31), steps=(1, 1000),
-                 fps=(0.1, 1000))
+    check_ranges(flags, seeds=(1, 10**6), prompts=(1, 10**6), clips=(1, 10**6), seed=(0, 2**31),
+                 steps=(1, 1000), fps=(0.1, 1000))
     if flags.data != "shapes" and flags.measure not in (None, "reconstruction", "fvd"):
         raise InputError(f"--{flags.measure}: measures shapes alone; leave --data out")
     model = MagicVideo.load(flags.checkpoint, pick_device(flags.device))
@@ -263,4 +265,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("lab.evaluate", main)

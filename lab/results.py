@@ -4,25 +4,12 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
-import torch
-
 from data import InputError
-
-
-def run_command(main) -> None:
-    """Run a command; a mistake of the user's ends it with one line and exit status 2."""
-    try:
-        torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
-        main()
-    except (InputError, OSError, ModuleNotFoundError) as error:
-        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-        print(f"lab.{Path(sys.argv[0]).stem}: {error}{remedy}", file=sys.stderr)
-        sys.exit(2)
+from runs import run_command  # noqa: F401: for the commands of lab
 
 
 def check_ranges(flags: argparse.Namespace, **ranges: tuple[float, float]) -> None:

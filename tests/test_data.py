@@ -180,9 +180,9 @@ def test_time_stamps_in_milliseconds_and_a_glitch_keep_every_frame_at_its_time(t
     times = [round(k * 1000 / 60) for k in range(60)]  # 16 or 17 ms apart
     pictures, rate = read_clip(write_video(tmp_path / "10:30:15.mkv", times))
     assert len(pictures) == 60 and rate == pytest.approx(60, rel=0.02)
-    times.insert(30, times[29] + 1)
-    pictures, rate = read_clip(write_video(tmp_path / "glitch.mkv", times))
-    assert 60 <= len(pictures) <= 61 and rate == pytest.approx(60, rel=0.02)
+    glitches = sorted([*times, *(times[k] + 1 for k in range(5, 55, 9))])
+    pictures, rate = read_clip(write_video(tmp_path / "glitch.mkv", glitches))
+    assert rate < 121 and len(pictures) == pytest.approx(rate, rel=0.04)
 
 
 def test_videos_lie_as_a_player_shows_them(tmp_path):
@@ -321,12 +321,15 @@ def test_clips_of_other_sizes_are_cut_to_their_center_and_resized(tmp_path):
         assert (item["video"][..., 2:-2, 2:-2] - 0.2).abs().max() < 0.01
 
 
+decode_all = data.decode_all
+
+
 def test_every_clip_is_decoded_once_and_again_when_it_has_changed(tmp_path, video, monkeypatch):
     clips = folder_of(tmp_path, video, "clips/a.gif", "clips/b.gif") / "clips"
     store = tmp_path / "store"
     decoded = []
-    monkeypatch.setattr(data, "read_clip",
-                        lambda clip, *how: decoded.append(clip.name) or read_clip(clip, *how))
+    monkeypatch.setattr(data, "decode_all", lambda folder, clips, *how: decoded.extend(
+        clip.name for clip in clips) or decode_all(folder, clips, *how))
     first = ClipFolder(clips, 4, 32, store=store)
     again = ClipFolder(clips, 2, 32, seed=1, store=store)
     assert decoded == ["a.gif", "b.gif"]
@@ -338,16 +341,33 @@ def test_every_clip_is_decoded_once_and_again_when_it_has_changed(tmp_path, vide
     assert not np.array_equal(changed.pixels[8:], first.pixels[8:])
     ClipFolder(clips, 4, 16, store=store)
     assert len(decoded) == 6 and not [*store.glob("*.part")]
+    for damaged in store.glob("*.*"):  # a store that is not whole is made anew
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+    ClipFolder(clips, 4, 16, store=store)
+    assert len(decoded) == 8
 
 
-def test_all_unusable_clips_are_named_at_once_or_left_out_where_asked(tmp_path, video):
+def test_a_disk_that_is_too_small_is_one_line_and_leaves_nothing(tmp_path, video, monkeypatch):
+    clips = folder_of(tmp_path, video, "clips/a.gif") / "clips"
+    monkeypatch.setattr(data, "decode_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    refused(clips, "--frame-store", "cannot be written (full)", store=tmp_path / "store")
+    assert not any(file.stat().st_size for file in (tmp_path / "store").iterdir())
+
+
+def test_all_unusable_clips_are_named_at_once_or_left_out_where_asked(
+        tmp_path, video, monkeypatch):
     clips = folder_of(tmp_path, video, "clips/good.gif") / "clips"
     for name in ("bad.gif", "bad.webp", "worse.png"):
         (clips / name).write_text("this is no clip\n" * 20)
     refused(clips, "3 of 4 clips", "bad.gif: cannot be read", "bad.webp: cannot", "worse.png: ")
-    kept = ClipFolder(clips, 8, 32, skip_unusable=True)
+    (clips / "gone.gif").symlink_to("nowhere")
+    (clips / "round").symlink_to(clips)
+    kept = ClipFolder(clips, 8, 32, skip_unusable=True, store=tmp_path / "store")
     assert kept.names == ["good.gif"] and len([n for n in kept.notes if "left out: " in n]) == 3
-    (clips / "good.gif").unlink()
+    monkeypatch.setattr(data, "read_clip", lambda *_: read_clip(clips / "good.gif", 32))
+    assert len(ClipFolder(clips, 8, 32, store=tmp_path / "store")) == 4  # what was wrong is mended
+    (clips / "good.gif").rename(tmp_path / "good.gif")
+    monkeypatch.setattr(data, "read_clip", read_clip)
     refused(clips, "3 of 3 clips", skip_unusable=True)
 
 
@@ -367,7 +387,7 @@ def test_clips_lie_at_any_depth_and_what_is_none_is_passed_over(tmp_path, video)
     clips = ClipFolder(tmp_path, 2, 16)
     assert dict(zip(clips.names, clips.captions)) == {
         "frames": "", "videos/b.gif": "one", "videos/deep/a.gif": "two"}
-    assert "3 clips, " in clips.notes[0] and "4 other files passed over" in clips.notes[0]
+    assert "3 clips (1 folders of pictures), " in clips.notes[0] and "4 other files passed over" in clips.notes[0]
 
 
 @pytest.mark.parametrize("name, content", [
@@ -392,7 +412,7 @@ def test_captions_are_found_under_the_names_that_people_give_them(tmp_path, vide
 def test_captions_that_are_not_read_are_spoken_of_and_foreign_encodings_refused(tmp_path, video):
     folder_of(tmp_path, video, "a.gif")
     (tmp_path / "prompts.txt").write_text("a cat")
-    assert "prompts.txt: not read; captions are read from " in ClipFolder(tmp_path, 2, 16).notes[1]
+    assert "prompts.txt: read for no caption; they come from metadata.csv" in ClipFolder(tmp_path, 2, 16).notes[1]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "text": "\\ud800 \u732b"}')
     assert ClipFolder(tmp_path, 2, 16).captions == ["? \u732b"]
     for text, encoding in (("un caf\xe9 noir", "cp1252"), ("\u7ea2\u8272", "gbk")):
@@ -408,7 +428,7 @@ def test_clips_named_in_a_file_are_held_out(tmp_path, video):
     assert train.names == ["b.gif"] and held_out.names == ["a.gif", "c/d.gif"]
     for lines in ("a.gif\ne.gif", "a.gif\nb.gif\nc/d.gif", ""):
         names.write_text(lines)
-        with pytest.raises(InputError, match="names.txt: .* one a line"):
+        with pytest.raises(InputError, match="names.txt: ('e.gif' is no clip|.* one a line)"):
             ClipFolder(tmp_path / "clips", 2, 16).split(str(names))
 
 
@@ -481,7 +501,7 @@ def test_a_real_mp4_has_the_frames_that_av_decodes_and_is_refused_cut_off(tmp_pa
             refused(tmp_path, "cut.mp4: cannot be read", frames=1)
 
 
-def test_a_picture_that_claims_to_be_huge_is_refused_and_one_that_lasts_for_hours_cut(tmp_path, video):
+def test_a_picture_that_claims_to_be_huge_is_refused_one_of_hours_is_cut(tmp_path, video):
     path = folder_of(tmp_path, video, "clip.gif") / "clip.gif"
     content = bytearray(path.read_bytes())
     content[6:10] = b"\xff\x7f\xff\x7f"  # 32,767 x 32,767
@@ -515,4 +535,6 @@ def test_captions_that_cannot_be_right_are_refused(tmp_path, video, name, conten
 def test_a_video_without_av_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"any")
-    refused(tmp_path, "a.mp4", "pip install av")
+    refused(tmp_path, "pip install av")
+    with pytest.raises(InputError, match="a.mp4: .*pip install av"):
+        read_clip(tmp_path / "a.mp4")

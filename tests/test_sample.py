@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_wrong_flags_are_one_line_before_the_model_is_loaded(flags, words, monke
     with pytest.raises(InputError) as error:
         sample.main(["a red circle", *flags.split()])
     assert re.search(words, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_a_link_to_the_script_finds_the_shipped_model(tmp_path):
+    link = tmp_path / "draw.py"
+    link.symlink_to(sample.__file__)
+    done = subprocess.run([sys.executable, link, "a red circle", "--steps", "1"],
+                          capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "checkpoints/shapes.pt" in done.stdout
 
 
 def test_a_prompt_that_is_too_long_is_said_to_be_cut(model, capsys):

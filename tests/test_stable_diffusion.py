@@ -100,7 +100,7 @@ def test_every_weight_is_loaded_and_the_video_parts_start_with_zero_effect(origi
 
 @pytest.mark.parametrize("schedule", [
     {}, {"prediction_type": "v_prediction", "beta_start": 0.001, "beta_end": 0.02}])
-def test_a_guided_sample_from_prompt_to_pixels_equals_diffusers(folder, pipe, monkeypatch, schedule):
+def test_a_guided_sample_from_prompt_to_pixels_equals_diffusers(folder, monkeypatch, schedule):
     from diffusers.schedulers import scheduling_ddim
     edit(folder / "scheduler/scheduler_config.json", **schedule)
     model = MagicVideo.from_stable_diffusion(folder).double()
@@ -185,8 +185,8 @@ BROKEN = {
         lambda f: (f / UNET).rename(f / UNET.replace(".saf", ".non_ema.saf")), "non_ema"),
     "another noise schedule": (
         lambda f: edit(f / "scheduler/scheduler_config.json", beta_schedule="linear"), "'linear'"),
-    "another prediction": (
-        lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"), "'sample'"),
+    "another prediction": (lambda f: edit(
+        f / "scheduler/scheduler_config.json", prediction_type="sample"), "'sample'"),
     "not JSON": (lambda f: (f / "vae/config.json").write_text("{"), "not JSON"),
     "a size missing": (lambda f: (f / "vae/config.json").write_text("{}"), "block_out_channels"),
     "weights cut off": (lambda f: (f / UNET).write_bytes(b"123"), "cut off"),

@@ -243,15 +243,18 @@ def test_a_folder_of_clips_is_described_and_what_does_not_change_a_run_may_chang
         Path(f"clips/{n}.txt").write_text(["long " * 80, "short", "short", ""][n])
     train.main(["--data", "clips", "--out", "run", *SHORT[2:]])
     said = capsys.readouterr().out
-    assert "clips: 4 clips, decoded once to runs/frames/" in said and "0 other files" in said
-    assert "captions: 1 missing, 1 the same as another, 1 cut at 77 tokens" in said
-    assert "1 clips held out; preset laptop, 2 steps of vae, 2 steps of image" in said
+    assert "clips: 4 clips (0 folders of pictures), decoded once to runs/frames/" in said
+    assert "captions: 1 missing, 1 the same as another, 1 cut at 77 tokens; 1 clips held" in said
+    assert "preset laptop: 2 steps of stage vae, 2 steps of stage image, 2 steps" in said
     assert "stage video: the held-out loss was lowest at step 2" in said
     finished = weights("run")
     Path("clips").rename("moved")
     train.main(["--resume", "--out", "run", "--data", "moved/", "--save-every", "7",
                 "--device", "cpu"])
     assert equal(finished, weights("run")) and len([*Path("runs/frames").glob("*.u8")]) == 1
+    Path("moved/0.gif").unlink()
+    with pytest.raises(InputError, match="--data moved: its clips are not those"):
+        train.main(["--resume", "--out", "run", "--data", "moved", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])
@@ -566,6 +569,8 @@ def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
     (["--stage", "video"], "--stage video.*--init-from"),
     (["--init-from", "owner/name"], "owner/name: no such file .* nothing is downloaded"),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--held-out", "nowhere.txt"], "--held-out nowhere.txt: no such file"),
+    (["--out", "/dev/null"], "--out /dev/null: cannot be written"),
     (["--batch-size", "0"], "--batch-size 0: give 1"),
     (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3, .*: give multiples of"),
     (["--vae-steps", "-1"], "--vae-steps -1"),
@@ -575,7 +580,8 @@ def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
     (["--seed", str(2**32)], "--seed 4294967296: give 0 to 4294967295"),
     (["--precision", "fp8"], '--precision "fp8": use fp32, bf16'),
     (["--trainable", "("], r'--trainable "\(": '),
-    (["--resume"], "--resume: no checkpoint.pt"),
+    (["--resume"], "--resume: name the run's folder with --out"),
+    (["--max-frames", "0"], "--max-frames 0: give 1"),
     (["--resume", "--out", "empty"], "--resume: no checkpoint.pt in empty"),
     (["--device", "abacus"], "--device abacus"),
 ])
