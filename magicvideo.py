@@ -14,7 +14,7 @@ from torch import Tensor
 from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from data import InputError, shape_captions
 from diffusion import Diffusion, DiffusionConfig
-from runs import save_checkpoint
+from runs import load_checkpoint, save_checkpoint
 from tiny import StaggeredDiffusion, VPrediction
 from unet3d import UNet3D, UNetConfig
 from vae import VAEConfig, VideoVAE
@@ -196,30 +196,3 @@ class MagicVideo(nn.Module):
             raise InputError(f"--frames {frames}: {path} makes {model.config.unet.frames}, and its "
                              f"adaptors hold one scale and shift for each; leave it out")
         return model
-
-
-def load_checkpoint(path: str | Path, kind: str) -> dict:
-    """Read a file of `save_checkpoint`, memory-mapped, running no code, or raise InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file or folder here, and nothing is downloaded; give a "
-                         f"model.pt of train.py, or a Stable Diffusion folder")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has many for a damaged file
-        raise InputError(f"{path}: not a model.pt of train.py, or cut off; train again") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
-        raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume '
-                         f"checkpoint.pt")
-    return checkpoint
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the best there is. InputError if it is not there."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if name and name.split(":")[0] not in available:
-        raise InputError(f"--device {name}: not on this machine; use {' or '.join(available)}")
-    return torch.device(name or available[0])

@@ -42,6 +42,21 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
                          f"make room or choose another --out") from error
 
 
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """Read a file of `save_checkpoint`, memory-mapped, running no code, or raise InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file or folder here, and nothing is downloaded; give a "
+                         f"model.pt of train.py, or a Stable Diffusion folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has many for a damaged file
+        raise InputError(f"{path}: not a model.pt of train.py, or cut off; train again") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
+        raise InputError(f'{path}: not a "{kind}" file; sample.py reads model.pt, --resume '
+                         f"checkpoint.pt")
+    return checkpoint
+
+
 def claim_folder(out: str | None, name: str, n: int = 1) -> tuple[Path, TextIO]:
     """Make a run's folder, OUT or a new runs/NAME[-N] -> it and its log.csv, open and locked.
 
@@ -130,6 +145,18 @@ def run_command(name: str, main: Callable) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Processes
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the best there is. InputError if it is not there."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name and name.split(":")[0] not in available:
+        raise InputError(f"--device {name}: not on this machine; use {' or '.join(available)}")
+    return torch.device(name or available[0])
 
 
 def start_ranks(count: int, arguments: list[str]) -> list[subprocess.Popen]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data import InputError
 from diffusion import SAMPLERS
-from magicvideo import MagicVideo, pick_device
-from runs import run_command
+from magicvideo import MagicVideo
+from runs import pick_device, run_command
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "shapes.pt"
 MAX_FPS = {".gif": 50, ".webp": 90, ".png": 90, ".mp4": 1000}  # shorter delays count as 100 ms

@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 import cascade
 from data import ClipDataset, InputError, open_data
-from magicvideo import PRESETS, MagicVideo, load_checkpoint, pick_device
-from runs import (claim_folder, join_ranks, plot_losses, release_folder, run_command,
-                  save_checkpoint, start_ranks, stop_signals)
+from magicvideo import PRESETS, MagicVideo
+from runs import (claim_folder, join_ranks, load_checkpoint, pick_device, plot_losses,
+                  release_folder, run_command, save_checkpoint, start_ranks, stop_signals)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
@@ -535,8 +535,8 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
     stages = [s.stage] if s.stage else stages
     if skipped == "vae" and not s.stage:
         say(f"the VAE of {s.init_from} stays as it is; --stage vae trains it")
-    say(f"preset {s.preset}: " + ", ".join(f"{getattr(s, f'{stage}_steps')} steps of stage {stage}"
-                                             for stage in stages))
+    steps = [f"{getattr(s, f'{stage}_steps')} steps of stage {stage}" for stage in stages]
+    say(f"preset {s.preset}: {', '.join(steps)}")
     log = out / "log.csv"
     if resumed:
         position = stages.index(resumed["stage"])

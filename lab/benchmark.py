@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from clip_text import CLIPTextEncoder
-from magicvideo import PRESETS, MagicVideoConfig, pick_device
+from magicvideo import PRESETS, MagicVideoConfig
+from runs import pick_device
 from unet3d import UNet3D
 from vae import VideoVAE
 

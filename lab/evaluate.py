@@ -21,7 +21,8 @@ import cascade
 from data import ClipFolder, InputError, ShapesDataset
 from lab.fvd import frechet_distance, i3d_features, load_i3d
 from lab.judge import balanced_prompts, confusions, count, judge, table_rows
-from magicvideo import MagicVideo, pick_device
+from magicvideo import MagicVideo
+from runs import pick_device
 from sample import film_strip, write_clip
 
 

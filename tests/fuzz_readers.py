@@ -27,14 +27,14 @@ from tqdm import tqdm  # noqa: E402
 import data  # noqa: E402
 from clip_text import Tokenizer  # noqa: E402
 from conftest import small_model  # noqa: E402
-from magicvideo import MagicVideo, load_checkpoint  # noqa: E402
-from runs import save_checkpoint  # noqa: E402
+from magicvideo import MagicVideo  # noqa: E402
+from runs import load_checkpoint, save_checkpoint  # noqa: E402
 from sample import write_clip  # noqa: E402
 from stable_diffusion import read_json, read_weights  # noqa: E402
 
 SECONDS = 10
 BYTES = 2 * 2**30
-CAPTIONS = ("metadata.jsonl", "metadata.csv", "clip.txt")
+CAPTIONS = ("metadata.jsonl", "metadata.csv", "captions.json", "clip.txt")
 READERS = {  # all other files are clips and captions, which are read with their folder
     "model.pt": MagicVideo.load,
     "checkpoint.pt": lambda path: load_checkpoint(path, "magicvideo-training"),
@@ -57,6 +57,7 @@ def good_files(folder: Path) -> dict[str, bytes]:
     texts = {
         "metadata.jsonl": '{"file_name": "clip.gif", "text": "a"}\n{"file_name": "b", "text": ""}',
         "metadata.csv": 'file_name,text\nclip.gif,"a red, round circle"\nb,blue\n',
+        "captions.json": '{"clip.gif": "a red circle", "b": ""}',
         "clip.txt": "a red circle, moving léft\n",
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "config.json": '{"block_out_channels": [320, 640], "act_fn": "silu", "norm_eps": 1e-05}',

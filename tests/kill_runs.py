@@ -24,7 +24,8 @@ import torch  # noqa: E402
 
 import runs  # noqa: E402
 import train  # noqa: E402
-from magicvideo import PRESETS, MagicVideo, MagicVideoConfig, load_checkpoint  # noqa: E402
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig  # noqa: E402
+from runs import load_checkpoint  # noqa: E402
 from test_train import TINIER  # noqa: E402
 
 FLAGS = ["--vae-steps", "8", "--image-steps", "8", "--video-steps", "8", "--cache", "8",

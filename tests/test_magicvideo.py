@@ -9,7 +9,8 @@ import torch
 
 from conftest import close, small_model
 from data import InputError
-from magicvideo import PRESETS, MagicVideo, load_checkpoint
+from magicvideo import PRESETS, MagicVideo
+from runs import load_checkpoint
 from runs import save_checkpoint
 
 PROMPT = "a red circle moving left"
@@ -75,7 +76,7 @@ def test_defaults_are_the_papers_and_stable_diffusions():
     asked = {"fps": 8, "steps": 50, "guidance": None, "sampler": "ddim", "seed": 0}
     assert asked.items() <= defaults.items()
     assert PRESETS["paper"].guidance == 7.5 and PRESETS["paper"].unet.frames == 16
-    assert [name for name, config in PRESETS.items() if config.staggered] == ["tiny"]
+    assert [name for name, config in PRESETS.items() if config.staggered] == ["tiny", "laptop"]
 
 
 def test_a_saved_model_comes_back_whole_from_its_file_and_from_the_folder_of_its_run(tmp_path):

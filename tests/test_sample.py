@@ -89,8 +89,8 @@ def test_without_checkpoint_the_newest_run_is_taken_and_without_runs_the_way_is_
 
 @pytest.mark.parametrize("flags, words", [
     ("--steps 0", "--steps 0.*1 to 1000"), ("--steps 1001", "--steps 1001.*1 to 1000"),
-    ("--fps 0", "--fps 0"), ("--fps nan", "--fps nan"), ("--fps 101", "--fps 101.*100.*gif"),
-    ("--fps 30 --interpolate", "--fps 30.* 25 .*gif.*--interpolate"),
+    ("--fps 0", "--fps 0"), ("--fps nan", "--fps nan"), ("--fps 51", "--fps 51.*50.*gif"),
+    ("--fps 30 --interpolate", "--fps 30.* 12.5 .*gif.*--interpolate"),
     ("--seed -1", "--seed -1"), ("--seed 4294967296", "--seed 4294967296.* 4294967295"),
     ("--guidance inf", "--guidance inf"), ("--out clip.txt", "clip.txt.*gif"),
     ("--sampler euler", "euler.*ddim or ddpm"),
@@ -134,12 +134,6 @@ def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
 
 
-def test_an_mp4_is_a_file_whatever_colons_its_folder_has(tmp_path):
-    pytest.importorskip("av", reason="writing .mp4 needs av")
-    write_clip(tmp_path / "10:30" / "a.mp4", VIDEO, 8)
-    assert len(read_clip(tmp_path / "10:30" / "a.mp4")[0]) == 8
-
-
 VIDEO = clip_of_bytes()
 
 
@@ -164,8 +158,9 @@ def test_a_clip_is_read_back_as_it_was_written_equal_neighbours_too(tmp_path, su
 def test_an_mp4_is_read_back_nearly_and_grows_to_even_sizes(tmp_path, h, w):
     pytest.importorskip("av", reason="writing .mp4 needs av")
     video = ShapesDataset()[0]["video"][..., :h, :w]
-    write_clip(tmp_path / "clip.mp4", video, fps=8)
-    pictures, rate = read_clip(tmp_path / "clip.mp4")
+    path = tmp_path / "10:30:15" / "clip.mp4"  # a file, no protocol
+    write_clip(path, video, fps=8)
+    pictures, rate = read_clip(path)
     assert pictures.shape == (8, h + h % 2, w + w % 2, 3) and rate == 8
     assert np.abs(pictures[:, :h, :w].astype(int) - to_bytes(video)).mean() < 4
 

@@ -22,7 +22,8 @@ import train
 from clip_text import CLIPTextConfig
 from conftest import close
 from data import InputError, ShapesDataset
-from magicvideo import PRESETS, MagicVideo, MagicVideoConfig, load_checkpoint
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
+from runs import load_checkpoint
 from sample import write_clip
 from stable_diffusion import is_video_parameter
 from tiny import VDiffusion, set_learning_rates
@@ -230,8 +231,8 @@ def test_two_trainings_at_once_do_not_share_a_folder():
     assert (first, second) == (Path("runs/shapes"), Path("runs/shapes-2"))
     with pytest.raises(InputError, match="--out runs/shapes: another training writes there"):
         train.main([*SHORT, "--out", "runs/shapes"])
-    for folder, lock in ((first, log), (second, other)):
-        runs.release_folder(folder, lock)
+    runs.release_folder(first, log)
+    runs.release_folder(second, other)
     assert not Path("runs").exists()
 
 
@@ -316,8 +317,7 @@ def test_a_start_from_a_model_keeps_its_vae_and_its_presets_settings(monkeypatch
     model.config.preset = "small"
     model.save("small.pt")
     seen = []
-    monkeypatch.setattr(train, "train_stage", lambda model, clips, held_out, stage, s, out, _: (
-        seen.append((stage, s))))
+    monkeypatch.setattr(train, "train_stage", lambda *arguments: seen.append(arguments[4:6]))
     train.main(["--init-from", "small.pt", "--out", "run", "--device", "cpu"])
     assert [stage for stage, _ in seen] == ["image", "video"]
     assert "VAE of small.pt stays" in capsys.readouterr().out
@@ -573,7 +573,6 @@ def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
     (["--out", "/dev/null"], "--out /dev/null: cannot be written"),
     (["--batch-size", "0"], "--batch-size 0: give 1"),
     (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3, .*: give multiples of"),
-    (["--vae-steps", "-1"], "--vae-steps -1"),
     (["--lr", "nan"], "--lr nan"),
     (["--vae-steps", "0", "--image-steps", "0", "--video-steps", "0"], "--video-steps 0: trains"),
     (["--ema", "1.5"], "--ema 1.5: give 0 to 1"),
@@ -583,7 +582,6 @@ def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
     (["--resume"], "--resume: name the run's folder with --out"),
     (["--max-frames", "0"], "--max-frames 0: give 1"),
     (["--resume", "--out", "empty"], "--resume: no checkpoint.pt in empty"),
-    (["--device", "abacus"], "--device abacus"),
 ])
 def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, flags, words):
     with pytest.raises(InputError) as error:
