@@ -450,8 +450,9 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
              optimizers: list, ema: EMA, clips: ClipDataset, s: Settings) -> None:
     """Write checkpoint.pt, from which the run goes on, and model.pt, as if the stage ended here."""
     save_checkpoint(out / "checkpoint.pt", {
-        "format": "magicvideo-training", "settings": json.dumps(asdict(s)), "stage": stage,
-        "step": step, "clips": getattr(clips, "names", []), "model": model.state(), "network": network.state_dict(), "ema": ema.shadow,
+        "format": "magicvideo-training", "settings": json.dumps(asdict(s)),
+        "clips": getattr(clips, "names", []), "stage": stage, "step": step, "model": model.state(),
+        "network": network.state_dict(), "ema": ema.shadow,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     scaling_factor = model.config.vae.scaling_factor
     with ema.applied():
