@@ -610,7 +610,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
         clips, held_out = open_data(
             s.data, frames, size, s.seed, rate_multiplier, s.held_out, store=s.frame_store,
             max_frames=s.max_frames, skip_unusable=s.skip_unusable)
-        if resumed and resumed["clips"] != getattr(clips, "names", []):
+        if resumed and resumed.get("clips") not in (None, getattr(clips, "names", [])):
             raise InputError(f"--data {s.data}: its clips are not those that the run began with; "
                              f"name a folder with the same")
         if not resumed and s.data != "shapes":
