@@ -215,6 +215,8 @@ class ClipFolder(ClipDataset):
                  fps: float | None = None, store: str | Path | None = None,
                  max_frames: int = MAX_FRAMES, skip_unusable: bool = False):
         super().__init__(frames, size, seed, fps)
+        if max_frames < frames:
+            raise InputError(f"--max-frames {max_frames}: a clip has {frames}; give more")
         clips, others = find_clips(Path(path))
         self.names = [clip.relative_to(path).as_posix() for clip in clips]
         self.all_names = self.names
@@ -236,7 +238,8 @@ class ClipFolder(ClipDataset):
         if long := sum(clip[1] == max_frames for clip in self.clips):
             self.notes.append(f"of {long} clips the first {max_frames} frames are used; "
                               f"--max-frames changes that")
-        unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)]
+        unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)
+                  and not file.with_suffix(".u8").exists()]  # a store's own
         if unread and "" in self.captions:
             self.notes.append(f"{unread[0]}: read for no caption; they come from metadata.csv, "
                               f"columns file_name and text, or from NAME.txt")
@@ -499,7 +502,8 @@ def decode_clip(clip: Path, size: int, max_frames: int) -> tuple[np.ndarray | No
     try:
         return read_clip(clip, size, max_frames)
     except InputError as error:
-        return None, str(error)
+        reason = str(error).removeprefix(f"{clip}: ")
+        return None, reason.removesuffix("; replace or remove it")
 
 
 def decode_all(folder: str | Path, clips: list[Path], size: int, max_frames: int,
