@@ -446,8 +446,7 @@ def test_folders_that_are_none_and_clips_that_are_too_short_are_refused(tmp_path
     (tmp_path / "notes.txt").write_text("a caption without a clip")
     refused(tmp_path / "notes.txt", "notes.txt: no such folder")
     refused(tmp_path, f"{tmp_path}: no clips in it", ".gif")
-    folder_of(tmp_path, video, "a.gif")
-    folder_of(tmp_path, video[:3], "short.gif", "b.gif")
+    folder_of(folder_of(tmp_path, video, "a.gif"), video[:3], "short.gif", "b.gif")
     refused(tmp_path, "b.gif: 3 of 8 frames; short.gif: 3 of 8", "--frames")
     refused(tmp_path, "--max-frames 4: a clip has 8", max_frames=4)
     with pytest.raises(InputError, match="7 frames of 8: .*--frames"):
