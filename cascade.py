@@ -119,7 +119,8 @@ class Interpolator(nn.Module):
 # Super-resolution: (h, w) -> (4h, 4w), frame by frame
 
 SCALE = 4  # of height and width (paper: 256 -> 1024)
-CHANNELS = {"tiny": (16, 32, 64), "small": (32, 64, 128, 256), "paper": (64, 128, 256, 512)}
+CHANNELS = {"tiny": (16, 32, 64), "laptop": (16, 32, 64), "small": (32, 64, 128, 256),
+            "paper": (64, 128, 256, 512)}
 MAX_AUG_LEVEL = 20  # timesteps of noise on the small frame in training, at most
 SAMPLE_AUG_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one
 RESIDUAL_SCALE = 8  # z_0 = RESIDUAL_SCALE * (frame - bicubic): about as large as noise

@@ -462,7 +462,7 @@ def test_a_clip_that_is_cut_off_anywhere_is_refused(tmp_path, suffix):
     end = content.find(b"IEND") - 12 if suffix == ".png" else len(content)
     for cut in range(end - 1, 0, -max(1, end // 100)):
         path.write_bytes(content[:cut])
-        refused(tmp_path, f"clip{suffix}: cannot be read", "replace or remove it", frames=1)
+        refused(tmp_path, f"clip{suffix}: cannot be read", "replace or remove", frames=1)
 
 
 def test_a_real_mp4_has_the_frames_that_av_decodes_and_is_refused_cut_off(tmp_path):
