@@ -456,7 +456,7 @@ def decode_once(folder: str | Path, clips: list[Path], size: int, store: str | P
     key = hashlib.sha256(ascii((states, size, max_frames)).encode()).hexdigest()[:16]
     pixels = Path(store) / f"{key}.u8"
     index = Path(store) / f"{key}.json"
-    part = Path(store) / f"{key}.part"
+    part = Path(store) / f"{key}.{os.getpid()}.part"
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(index, "a+") as lock:

@@ -201,7 +201,7 @@ def but(number: int, **attributes: Callable) -> Callable:
 MISTAKES = {
     1: {
         "no </w> at the end of a word": merge(symbols=list),
-        "</w> as a symbol of its own": merge(symbols=lambda word: [*word, "</w>"]),
+        "</w> as a separate symbol": merge(symbols=lambda word: [*word, "</w>"]),
         "only one merge": merge(rounds=1),
         "last learned first": merge(choose=max),
         "rightmost first": merge(join=join_last),
@@ -261,7 +261,7 @@ MISTAKES = {
             6, lambda out, a: out.transpose(1, 3), z=lambda a: a.z.transpose(1, 3)),
         "no norm": but(6, norm=lambda s: nn.Identity()),
         "residual added twice": changed(6, lambda out, a: out + a.z),
-        "h and w swapped on the way back": changed(6, lambda out, a: out.mT),
+        "h and w swapped in the output": changed(6, lambda out, a: out.mT),
         "no mask": but(6, mask=lambda s: "bidirectional"),
         "queries and keys swapped": but(6, to_q=lambda s: s.to_k, to_k=lambda s: s.to_q),
         "no output projection": but(6, to_out=lambda s: nn.Identity()),
@@ -399,7 +399,7 @@ def grade(functions: dict[tuple[int, str], Callable],
           all_graders: bool = False) -> dict[tuple[int, str], dict[str, str]]:
     """Plant functions one after the other -> what each grader that failed said: none, not caught.
 
-    Raises RuntimeError if the graders cannot be run. For a process of its own: it imports them.
+    Raises RuntimeError if the graders cannot be run. Run it in a separate process: it imports them.
     """
     planter = Planter(functions, all_graders)
     flags = ["-p", "no:terminal", "-p", "no:cacheprovider"]
