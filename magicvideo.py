@@ -132,7 +132,13 @@ class MagicVideo(nn.Module):
         if fps is not None:
             fps = torch.full((len(prompts),), float(fps), device=self.device)
         guidance = self.config.guidance if guidance is None else guidance
-        z = self.diffusion.sample(self.unet, shape, context, uncond, fps, sampler, steps, guidance,
+        weight = self.unet.conv_in.weight
+
+        def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None) -> Tensor:
+            """Call the U-Net, whose weights may be bfloat16; latents stay float32."""
+            return self.unet(z.to(weight), t, context.to(weight), fps).to(z)
+
+        z = self.diffusion.sample(network, shape, context, uncond, fps, sampler, steps, guidance,
                                   generator=generators)
         return self.decode(z) if decode else z
 

@@ -83,16 +83,6 @@ def claim_folder(out: str | None, name: str, n: int = 1) -> tuple[Path, TextIO]:
     return folder, log
 
 
-def release_folder(folder: Path, log: TextIO) -> None:
-    """Unlock a run's folder; one in which there is but an empty log goes."""
-    with suppress(OSError):
-        if not (folder / "log.csv").stat().st_size:
-            (folder / "log.csv").unlink()
-            folder.rmdir()
-            Path("runs").rmdir()
-    log.close()
-
-
 def plot_losses(rows: list[dict], picture: Path) -> None:
     """Draw the losses of log.csv, a column for each stage; nothing without matplotlib."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own is known in the notebook alone

@@ -152,8 +152,7 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
                      muon: bool) -> list[torch.optim.Optimizer]:
     """Make AdamW and, with `muon`, Muon for the weight matrices of `modules` in `groups`.
 
-    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's, and only AdamW uses
-    lr_scale.
+    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's.
     """
     matrices = set()
     for module in modules if muon else []:
@@ -166,8 +165,7 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
     for group in groups:
         parameters = group["params"]
         for_adamw.append({**group, "params": [p for p in parameters if p not in matrices]})
-        for_muon.append({**group, "params": [p for p in parameters if p in matrices],
-                         "lr_scale": 1.0})
+        for_muon.append({**group, "params": [p for p in parameters if p in matrices]})
     fused = next(modules[0].parameters()).device.type in ("cpu", "cuda")  # in one kernel
     adamw = torch.optim.AdamW(for_adamw, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     return [adamw, Muon(for_muon)] if muon else [adamw]
@@ -181,7 +179,7 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], peaks: tuple[flo
             done = max(0, step - group["start"])
             rise = min(1.0, (done + 1) / max(warmup, 1))
             fall = 0.5 * (1 + math.cos(math.pi * done / (steps - group["start"])))
-            group["lr"] = group["lr_scale"] * peak * rise * fall
+            group["lr"] = peak * rise * fall
 
 
 class EMA:

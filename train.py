@@ -40,8 +40,8 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset, InputError, open_data
 from magicvideo import PRESETS, MagicVideo
-from runs import (claim_folder, join_ranks, load_checkpoint, pick_device, plot_losses,
-                  release_folder, run_command, save_checkpoint, start_ranks, stop_signals)
+from runs import (claim_folder, join_ranks, load_checkpoint, pick_device, plot_losses, run_command,
+                  save_checkpoint, start_ranks, stop_signals)
 from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
@@ -68,21 +68,20 @@ class Settings:
     init_from: str = flag("", "model.pt or Stable Diffusion folder to start from")
     trainable: str = flag("", 'train only parameters that match, e.g. "adaptor|temporal|fps"')
     frames: int = flag(0, "frames of a clip; 0 = as the preset")
-    vae_steps: int = flag(800, "training steps of stage vae; 0 leaves it out")
-    image_steps: int = flag(300, "training steps of stage image")
-    video_steps: int = flag(3400, "training steps of stage video")
-    interpolate_steps: int = flag(2000, "training steps of stage interpolate")
-    upscale_steps: int = flag(2000, "training steps of stage upscale")
-    batch_size: int = flag(16, "clips per step, of all processes (stage image: times the frames)")
+    vae_steps: int = flag(400, "training steps of stage vae; 0 leaves it out")
+    image_steps: int = flag(100, "training steps of stage image")
+    video_steps: int = flag(900, "training steps of stage video")
+    interpolate_steps: int = flag(1000, "training steps of stage interpolate")
+    upscale_steps: int = flag(1000, "training steps of stage upscale")
+    batch_size: int = flag(32, "clips per step, of all processes (stage image: times the frames)")
     vae_batch_size: int = flag(16, "frames per step of stage vae")
     accumulate: int = flag(1, "micro-batches per step: less memory, more time")
     lr: float = flag(2.5e-3, "peak learning rate of AdamW")
-    muon_lr: float = flag(0.02, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
-    video_lr_scale: float = flag(5.0, "learning rate of the video layers, times --lr")
+    muon_lr: float = flag(0.01, "peak learning rate of Muon, for weight matrices; 0 = AdamW")
     warmup: int = flag(50, "steps over which the learning rate rises")
     ema: float = flag(0.995, "decay of the moving average of the weights")
     kl_weight: float = flag(2e-3, "weight of the VAE's KL term")
-    text_dropout: float = flag(0.1, "fraction of captions dropped, for guidance")
+    text_dropout: float = flag(0.05, "fraction of captions dropped, for guidance")
     precision: str = flag("fp32", "fp32, or bf16 with weights in float32")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     data: str = flag("shapes", 'folder of clips, or "shapes"')
@@ -98,11 +97,11 @@ class Settings:
 
 GROUPS = {"preset": "what", "vae_steps": "how long", "batch_size": "optimisation", "data": "data",
           "save_every": "run"}  # of flags, by their first one
-GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "video_lr_scale": 1.0, "kl_weight": 1e-4,
+GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "kl_weight": 1e-4, "text_dropout": 0.1,
                 "interpolate_steps": 50_000, "upscale_steps": 50_000}
 PRESET_SETTINGS = {
-    "laptop": {"vae_steps": 3500, "image_steps": 2500, "video_steps": 2500, "cache": 6000,
-               "kl_weight": 5e-4},
+    "laptop": {"batch_size": 16, "muon_lr": 0.02, "text_dropout": 0.1, "vae_steps": 3500,
+               "image_steps": 2500, "video_steps": 2500, "cache": 6000, "kl_weight": 5e-4},
     "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
               "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
     "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "ema": 0.9999,
@@ -257,8 +256,7 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
     """Return two parameter groups, image and video weights, each with the step it begins at.
 
     Of Stable Diffusion the text encoder and the image part of the VAE are never trained; otherwise
-    the text encoder trains with the U-Net. Video weights start at zero and learn faster (ours: the
-    paper is silent). Raises InputError for a --trainable that leaves none.
+    the text encoder trains with the U-Net. Raises InputError for a --trainable that leaves none.
     """
     named = dict(network.named_parameters())
     if stage in ("image", "video") and not model.config.pretrained:
@@ -275,9 +273,8 @@ def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Setti
     # Stage vae sees single frames first, since frames of a clip are nearly duplicates, and clips in
     # its last fifth, for the temporal layers; with a frozen encoder clips alone.
     start = int(0.8 * s.vae_steps) if any(name.startswith("encoder.") for name in image) else 0
-    return [{"params": [named[name] for name in image], "lr_scale": 1.0, "start": 0},
-            {"params": [named[name] for name in video], "lr_scale": s.video_lr_scale,
-             "start": start}]
+    return [{"params": [named[name] for name in image], "start": 0},
+            {"params": [named[name] for name in video], "start": start}]
 
 
 def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
@@ -289,9 +286,6 @@ def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
         module.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
-    for level in network.modules() if s.gradient_checkpointing else ():
-        if isinstance(level, Level):
-            level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
     optimizers = build_optimizers([network, model.text_encoder], groups, s.muon_lr > 0)
     ema = EMA(parameters, s.ema)
     if resumed:
@@ -303,6 +297,50 @@ def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
     return optimizers, ema
 
 
+def build_network(model: MagicVideo, stage: str, s: Settings) -> nn.Module:
+    """Return the network that a stage trains, with gradient checkpointing if that is asked for."""
+    network = model.vae if stage == "vae" else model.unet
+    if stage in cascade.CASCADE_STAGES:
+        network = cascade.build(model, stage)
+    for level in network.modules() if s.gradient_checkpointing else ():
+        if isinstance(level, Level):
+            level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
+    return network
+
+
+def batch_size(stage: str, frames: int, clips: ClipDataset, s: Settings) -> int:
+    """Return how many items a step reads, of all processes, where it sees `frames` of each."""
+    if stage == "vae":
+        return max(1, s.vae_batch_size // frames)
+    return s.batch_size * (clips.frames if stage == "image" else 1)
+
+
+def estimate_minutes(model: MagicVideo, clips: ClipDataset, stages: list[str],
+                     s: Settings) -> dict[str, float]:
+    """Time two steps of each stage, which change no weight -> about how long each will take."""
+    minutes = {}
+    for stage in stages:
+        item = clips[0]
+        if s.cache and stage not in ("vae", "upscale"):
+            started = time.time()
+            item["z0"] = model.encode(item.pop("video")[None])[0].cpu()
+            minutes["latents"] = s.cache * (time.time() - started) / world() / 60
+        frames = 1 if stage in ("vae", "image") else clips.frames
+        size = batch_size(stage, frames, clips, s) // (world() * s.accumulate)
+        stage_loss = StageLoss(model, build_network(model, stage, s), stage, s)
+        for i in range(3):  # the first does not count
+            started = time.time()
+            random = make_random(torch.Generator(), size)
+            with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
+                loss = stage_loss([item] * size, random, frames)[0].mean()
+            loss.backward()
+            loss.item()  # waits for a GPU
+            seconds = time.time() - started
+        minutes[stage] = getattr(s, f"{stage}_steps") * s.accumulate * seconds / 60
+        stage_loss.zero_grad()
+    return minutes
+
+
 def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
                 stage: str, s: Settings, out: Path, resumed: dict | None = None) -> None:
     """Train one stage (paper §3) and leave the moving average of the weights in the model.
@@ -310,9 +348,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held
     It trains on `latents` of cuts of the clips where there are some, else on the clips.
     Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
-    network = model.vae if stage == "vae" else model.unet
-    if stage in cascade.CASCADE_STAGES:
-        network = cascade.build(model, stage)
+    network = build_network(model, stage, s)
     optimizers, ema = prepare(model, network, stage, s, resumed)
     stage_loss = StageLoss(model, network, stage, s)
     compute_loss = stage_loss
@@ -329,8 +365,7 @@ def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, steps, s.warmup)
             clips_begin = optimizers[0].param_groups[1]["start"]
             frames = 1 if stage == "image" or step < clips_begin else clips.frames
-            size = {"vae": max(1, s.vae_batch_size // frames),
-                    "image": s.batch_size * clips.frames}.get(stage, s.batch_size)
+            size = batch_size(stage, frames, clips, s)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             for micro in range(s.accumulate):
                 items, random = read_batch(source, size, step, stage, s, micro)
@@ -550,8 +585,17 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
                     append_log(log, row)
         stages = stages[position:]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+    minutes = {}
+    if not resumed and sum(getattr(s, f"{stage}_steps") for stage in stages) > 100:
+        minutes = estimate_minutes(model, clips, stages, s)
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+        longest = max(stages, key=minutes.get)
+        say(f"about {sum(minutes.values()):.0f} minutes on this machine ({parts}); fewer "
+            f"--{longest}-steps make it shorter")
     latents = []
     for stage in stages:
+        if stage in minutes:
+            say(f"stage {stage}: about {minutes[stage]:.1f} minutes")
         if s.cache and not latents and stage not in ("vae", "upscale"):
             cuts = max(s.cache, len(clips.captions))
             latents = encode_clips(model, clips, cuts, rank(), world())
@@ -600,6 +644,14 @@ def main(arguments: list[str], script: str | None = None) -> None:
                          f"{frames} frames")
     size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
     rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
+    clips, held_out = open_data(
+        s.data, frames, size, s.seed, rate_multiplier, s.held_out, store=s.frame_store,
+        max_frames=s.max_frames, skip_unusable=s.skip_unusable)
+    if resumed and resumed.get("clips") not in (None, getattr(clips, "names", [])):
+        raise InputError(f"--data {s.data}: its clips are not those that the run began with; name "
+                         f"a folder with the same")
+    if not resumed and s.data != "shapes":
+        s = scale_steps(s, overrides, len(clips))
     log = None
     if rank() == 0:
         out, log = claim_folder(flags.out, Path(s.data).resolve().name)
@@ -607,14 +659,6 @@ def main(arguments: list[str], script: str | None = None) -> None:
             log.truncate(0)  # of a run that was killed before its first checkpoint
     processes = []
     try:
-        clips, held_out = open_data(
-            s.data, frames, size, s.seed, rate_multiplier, s.held_out, store=s.frame_store,
-            max_frames=s.max_frames, skip_unusable=s.skip_unusable)
-        if resumed and resumed.get("clips") not in (None, getattr(clips, "names", [])):
-            raise InputError(f"--data {s.data}: its clips are not those that the run began with; "
-                             f"name a folder with the same")
-        if not resumed and s.data != "shapes":
-            s = scale_steps(s, overrides, len(clips))
         if count > world():
             processes = start_ranks(count, [script, *arguments, "--out", str(out)])
         device = join_ranks(device)
@@ -639,7 +683,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
         for process in processes:  # they have ended, or wait for this one, which has failed
             process.kill()
         if log:
-            release_folder(out, log)
+            log.close()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from clip_text import CLIPTextEncoder
-from magicvideo import PRESETS, MagicVideoConfig
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
 from runs import pick_device
 from unet3d import UNet3D
 from vae import VideoVAE
@@ -90,22 +90,27 @@ def ratio_to_pixels() -> list[dict]:
 
 
 class DiffusersUNet(nn.Module):
-    """A video U-Net of diffusers, about as large as preset tiny's and called as ours; no FPS."""
+    """A video U-Net of diffusers, about as large as a preset's and called as ours; no FPS."""
 
-    SIZES = {"UNet3DConditionModel": {"block_out_channels": (32, 48), "attention_head_dim": 16},
-             "UNetMotionModel": {"block_out_channels": (48, 56), "num_attention_heads": 2,
-                                 "motion_num_attention_heads": 2}}
+    SIZES = {
+        "tiny": {"UNet3DConditionModel": {"block_out_channels": (32, 48), "attention_head_dim": 16},
+                 "UNetMotionModel": {"block_out_channels": (48, 56), "num_attention_heads": 2,
+                                     "motion_num_attention_heads": 2}},
+        "paper": {"UNetMotionModel": {"cross_attention_dim": 768}},  # Stable Diffusion 1.5's
+    }
 
-    def __init__(self, kind: str):
+    def __init__(self, preset: str, kind: str):
         super().__init__()
         import diffusers
 
         self.is_motion = kind == "UNetMotionModel"
         block = "BlockMotion" if self.is_motion else "Block3D"
-        self.unet = getattr(diffusers, kind)(
-            in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=8,
-            cross_attention_dim=96, down_block_types=(f"CrossAttnDown{block}",) * 2,
-            up_block_types=(f"CrossAttnUp{block}",) * 2, **self.SIZES[kind])
+        sizes = self.SIZES[preset][kind]
+        if preset == "tiny":
+            sizes = {"in_channels": 4, "layers_per_block": 1, "norm_num_groups": 8,
+                     "cross_attention_dim": 96, "down_block_types": (f"CrossAttnDown{block}",) * 2,
+                     "up_block_types": (f"CrossAttnUp{block}",) * 2, **sizes}
+        self.unet = getattr(diffusers, kind)(**sizes)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor) -> Tensor:
         if self.is_motion:  # reads a text for each frame
@@ -113,25 +118,35 @@ class DiffusersUNet(nn.Module):
         return self.unet(z.transpose(1, 2), t, context).sample.transpose(1, 2)
 
 
-def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
+def compare(config: MagicVideoConfig, clips: int, rounds: int, device: torch.device) -> list[dict]:
     """Time steps of training on `clips` clips, and of sampling one with and without its text.
 
-    Networks take turns, so that a noisy machine is noisy for each; medians of `rounds`.
+    Networks take turns, so that a noisy machine is noisy for each; medians of `rounds`. Preset
+    paper trains under autocast to bfloat16, and samples with weights of bfloat16.
     """
-    networks = {"MagicVideo": UNet3D(PRESETS["tiny"].unet).to(device)}
-    for kind in DiffusersUNet.SIZES:
-        networks[f"diffusers {kind}"] = DiffusersUNet(kind).to(device)
+    networks = {"MagicVideo": UNet3D(config.unet).to(device)}
+    for kind in DiffusersUNet.SIZES.get(config.preset, {}):
+        networks[f"diffusers {kind}"] = DiffusersUNet(config.preset, kind).to(device)
+    side = config.size // 2 ** (len(config.vae.channels) - 1)
+    use_bf16 = config.preset == "paper"
+    with torch.device("meta"):
+        operations = flops(UNet3D(config.unet), unet_inputs(config, 1, side)) / 1e12
     rows = []
     for step, batch in (("training", clips), ("sampling", 2)):
-        inputs = [x.to(device) for x in unet_inputs(PRESETS["tiny"], batch, side=8)]
+        inputs = [x.to(device) for x in unet_inputs(config, batch, side)]
+        if use_bf16 and step == "sampling":
+            inputs = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
+            networks = {name: network.bfloat16() for name, network in networks.items()}
         seconds = {name: [] for name in networks}
         for i in tqdm(range(-2, rounds), step, disable=None):  # the first two do not count
             for name, network in networks.items():
                 started = time.perf_counter()
-                with torch.set_grad_enabled(step == "training"):
+                with (torch.set_grad_enabled(step == "training"),
+                      torch.autocast(device.type, torch.bfloat16, use_bf16)):
                     loss = F.mse_loss(network(*inputs), inputs[0])
                 if step == "training":
                     loss.backward()
+                    network.zero_grad()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds[name] += [time.perf_counter() - started] if i >= 0 else []
@@ -139,13 +154,30 @@ def compare(clips: int, rounds: int, device: torch.device) -> list[dict]:
         rows += [{"network": name, "parameters": parameters(networks[name]), "step": step,
                   "seconds": median, "ratio": median / medians["MagicVideo"]}
                  for name, median in medians.items()]
+        # a backward pass costs two forward passes
+        rate = batch * operations * (3 if step == "training" else 1) / medians["MagicVideo"]
+        print(f"MagicVideo, {step}, {batch} clips: {rate:.1f} TFLOP/s")
     return rows
 
 
+def time_sampling(config: MagicVideoConfig, rounds: int, device: torch.device) -> float:
+    """Time `MagicVideo.sample`, 50 steps with decoding, as sample.py runs it; median seconds."""
+    model = MagicVideo.from_preset(config.preset).to(device).eval()
+    if device.type == "cuda":
+        model.unet.bfloat16()
+    seconds = []
+    for _ in range(rounds + 1):  # the first does not count
+        started = time.perf_counter()
+        model.sample("a red circle moving left").cpu()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Print the counts of every preset and the times of preset tiny."""
+    """Print the counts of every preset and the times of one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=12, help="of timing; 0 = counts alone (12)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="to be timed (tiny)")
     parser.add_argument("--batch-size", type=int, default=16, help="clips of a training step (16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--out", default="evaluation", help="folder of the numbers (evaluation)")
@@ -155,7 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = {name: count(config) for name, config in PRESETS.items()}
     found["ratio"] = ratio_to_pixels()
     if flags.rounds:
-        found["times"] = compare(flags.batch_size, flags.rounds, device)
+        config = PRESETS[flags.preset]
+        found["times"] = compare(config, flags.batch_size, flags.rounds, device)
+        found["seconds of a sample"] = time_sampling(config, min(flags.rounds, 3), device)
     report(Path(flags.out) / "benchmark.json", flags, found)
 
 

@@ -316,7 +316,7 @@ def test_64_times_is_the_ratio_of_layers_that_see_one_position():
 
 def test_diffusers_networks_have_our_number_of_parameters_within_a_tenth_and_our_output():
     pytest.importorskip("diffusers")
-    rows = benchmark.compare(2, 1, torch.device("cpu"))
+    rows = benchmark.compare(PRESETS["tiny"], 2, 1, torch.device("cpu"))
     assert [row["step"] for row in rows] == ["training"] * 3 + ["sampling"] * 3
     size = sum(p.numel() for p in MagicVideo.from_preset("tiny").unet.parameters())
     for row in rows:

@@ -195,7 +195,7 @@ def test_a_stop_before_the_first_checkpoint_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "train_stage", interrupted)
     with pytest.raises(InputError, match="stopped, nothing saved"):
         train.main(SHORT)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["log.csv"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_a_log_of_its_own(whole):
@@ -231,9 +231,8 @@ def test_two_trainings_at_once_do_not_share_a_folder():
     assert (first, second) == (Path("runs/shapes"), Path("runs/shapes-2"))
     with pytest.raises(InputError, match="--out runs/shapes: another training writes there"):
         train.main([*SHORT, "--out", "runs/shapes"])
-    runs.release_folder(first, log)
-    runs.release_folder(second, other)
-    assert not Path("runs").exists()
+    log.close()
+    other.close()
 
 
 def test_a_folder_of_clips_is_described_and_what_does_not_change_a_run_may_change(
@@ -435,10 +434,10 @@ def test_temporal_layers_of_the_vae_start_at_their_peak_rate_when_clips_begin():
     image, video = optimizers[0].param_groups
     assert video["start"] == 80 and image["start"] == 0
     set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, s.warmup)
-    assert video["lr"] == pytest.approx(s.lr * s.video_lr_scale)  # as other zero-started layers
+    assert video["lr"] == pytest.approx(s.lr)
     assert image["lr"] < 0.1 * s.lr
     set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, warmup=10)
-    assert video["lr"] == pytest.approx(0.1 * s.lr * s.video_lr_scale)  # a warm-up of their own
+    assert video["lr"] == pytest.approx(0.1 * s.lr)  # a warm-up of their own
 
 
 def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32(whole):
