@@ -26,7 +26,8 @@ class MagicVideoConfig:
 
     preset: str = "paper"  # the training settings that suit the model, see train.py
     size: int = 256  # height and width of a frame, in pixels
-    guidance: float = 7.5  # default of sampling
+    guidance: float = 7.5  # defaults of sampling
+    steps: int = 50
     pretrained: bool = False  # from SD: text encoder and VAE encoder are never trained
     v_prediction: bool = False  # a model from SD whose network predicts v, see tiny.py
     staggered: bool = False  # frames are denoised one after another, see tiny.py
@@ -39,7 +40,7 @@ class MagicVideoConfig:
 PRESETS = {
     # the shapes demo: 8 frames of 64 x 64, trained from nothing on two CPU cores
     "tiny": MagicVideoConfig(
-        preset="tiny", size=64, guidance=2.0, staggered=True,
+        preset="tiny", size=64, guidance=2.0, steps=20, staggered=True,
         text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
         vae=VAEConfig(channels=(16, 16, 32, 64), layers=1, groups=8),
         unet=UNetConfig(channels=(48, 64), attention=(True, True), layers=1, heads=2, groups=8,
@@ -114,13 +115,13 @@ class MagicVideo(nn.Module):
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
     @torch.no_grad()
-    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50,
+    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int | None = None,
                guidance: float | None = None, sampler: str = "ddim", seed: int = 0,
                decode: bool = True) -> Tensor:
         """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
         Clip i has seed + i, and so is the same alone or in a batch. Without fps the image model
-        draws single frames. Guidance is by default the model's own.
+        draws single frames. Steps and guidance are by default the model's own.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -132,6 +133,7 @@ class MagicVideo(nn.Module):
         if fps is not None:
             fps = torch.full((len(prompts),), float(fps), device=self.device)
         guidance = self.config.guidance if guidance is None else guidance
+        steps = self.config.steps if steps is None else steps
         weight = self.unet.conv_in.weight
 
         def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
                         "newest under runs/, else the shipped one)")
     parser.add_argument("--out", default="clip.gif", help=".gif, .webp, .png or .mp4 (clip.gif)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second (8)")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to 1000 (50)")
+    parser.add_argument("--steps", type=int, help="1 to 1000 (default: the model's, 20 or 50)")
     parser.add_argument("--guidance", type=float, help="weight of the text (default: the model's)")
     parser.add_argument("--sampler", default="ddim", help="ddim or ddpm (ddim)")
     parser.add_argument("--seed", type=int, default=0, help="prompt i takes seed + i (0)")

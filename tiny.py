@@ -52,8 +52,7 @@ class VDiffusion(VPrediction):
 
     def timesteps(self, steps: int) -> list[int]:
         """List the visited t: "trailing" spacing, from T-1, for 50 999, 979 .. 19 (Lin et al.)."""
-        if not 1 <= steps <= self.num_steps:
-            raise ValueError(f"{steps} sampling steps: give 1 to {self.num_steps}")
+        super().timesteps(steps)  # raises where it cannot be done
         return [round(self.num_steps - i * self.num_steps / steps) - 1 for i in range(steps)]
 
 

@@ -315,30 +315,22 @@ def batch_size(stage: str, frames: int, clips: ClipDataset, s: Settings) -> int:
     return s.batch_size * (clips.frames if stage == "image" else 1)
 
 
-def estimate_minutes(model: MagicVideo, clips: ClipDataset, stages: list[str],
-                     s: Settings) -> dict[str, float]:
-    """Time two steps of each stage, which change no weight -> about how long each will take."""
-    minutes = {}
-    for stage in stages:
-        item = clips[0]
-        if s.cache and stage not in ("vae", "upscale"):
-            started = time.time()
-            item["z0"] = model.encode(item.pop("video")[None])[0].cpu()
-            minutes["latents"] = s.cache * (time.time() - started) / world() / 60
-        frames = 1 if stage in ("vae", "image") else clips.frames
-        size = batch_size(stage, frames, clips, s) // (world() * s.accumulate)
-        stage_loss = StageLoss(model, build_network(model, stage, s), stage, s)
-        for i in range(3):  # the first does not count
-            started = time.time()
-            random = make_random(torch.Generator(), size)
-            with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
-                loss = stage_loss([item] * size, random, frames)[0].mean()
-            loss.backward()
-            loss.item()  # waits for a GPU
-            seconds = time.time() - started
-        minutes[stage] = getattr(s, f"{stage}_steps") * s.accumulate * seconds / 60
+def estimate_minutes(model: MagicVideo, clips: ClipDataset, stage: str, s: Settings) -> float:
+    """Time a step of a stage, which changes no weight -> about how long the stage will take."""
+    item = clips[0]
+    if s.cache and stage not in ("vae", "upscale"):
+        item["z0"] = model.encode(item.pop("video")[None])[0].cpu()
+    frames = 1 if stage in ("vae", "image") else clips.frames
+    size = batch_size(stage, frames, clips, s) // (world() * s.accumulate)
+    stage_loss = StageLoss(model, build_network(model, stage, s), stage, s)
+    for _ in range(3):  # the last counts
+        started = time.time()
+        with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
+            errors, _ = stage_loss([item] * size, make_random(torch.Generator(), size), frames)
+        errors.mean().backward()
+        errors.sum().item()  # waits for a GPU
         stage_loss.zero_grad()
-    return minutes
+    return (time.time() - started) * s.accumulate * getattr(s, f"{stage}_steps") / 60
 
 
 def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
@@ -464,7 +456,7 @@ def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipData
 @torch.no_grad()
 def held_out_loss(stage_loss: StageLoss, held_out: ClipDataset, frames: int) -> str:
     """Compute the loss on a batch of clips never trained on, with the same noise every time."""
-    items = [held_out[i] for i in range(min(len(held_out), stage_loss.s.batch_size))]
+    items = [held_out[i] for i in range(min(len(held_out), 16))]
     random = make_random(torch.Generator().manual_seed(0), len(items))
     return f"{stage_loss(items, random, frames)[0].mean():.6f}"
 
@@ -580,18 +572,17 @@ def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Setti
             rows = read_log(log)
             log.write_text("")
             for row in rows:
-                later = row["stage"] == resumed["stage"] and int(row["step"]) > resumed["step"]
-                if not later and row["stage"] not in stages[position + 1 :]:
-                    append_log(log, row)
+                append_log(log, row)
+                if (row["stage"], int(row["step"])) == (resumed["stage"], resumed["step"]):
+                    break
         stages = stages[position:]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     minutes = {}
     if not resumed and sum(getattr(s, f"{stage}_steps") for stage in stages) > 100:
-        minutes = estimate_minutes(model, clips, stages, s)
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+        minutes = {stage: estimate_minutes(model, clips, stage, s) for stage in stages}
         longest = max(stages, key=minutes.get)
-        say(f"about {sum(minutes.values()):.0f} minutes on this machine ({parts}); fewer "
-            f"--{longest}-steps make it shorter")
+        say(f"about {sum(minutes.values()):.0f} minutes on this machine; fewer --{longest}-steps "
+            f"make it shorter")
     latents = []
     for stage in stages:
         if stage in minutes:

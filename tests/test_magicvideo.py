@@ -31,6 +31,14 @@ def test_a_sample_is_a_clip_of_the_models_size_in_minus_one_to_one_and_its_laten
     assert model.sample([PROMPT], fps=None, steps=2).shape == (1, 1, 3, 16, 16)  # the image model
 
 
+def test_a_u_net_in_bfloat16_samples_nearly_the_same_clip_in_float32(model):
+    expected = model.sample(PROMPT, steps=3, decode=False)
+    model.unet.bfloat16()
+    found = model.sample(PROMPT, steps=3, decode=False)
+    model.unet.float()
+    assert found.dtype == torch.float32 and 0 < (found - expected).std() < 0.1 * expected.std()
+
+
 @pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}])
 def test_a_seed_gives_one_clip_bit_for_bit_whatever_its_neighbours(model, options):
     sample = partial(model.sample, steps=3, **options)

@@ -110,6 +110,27 @@ def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_
     assert (Path("runs/shapes-2") / "model.pt").is_file()
 
 
+def test_it_says_how_long_a_run_will_take_and_which_flag_makes_it_shorter(monkeypatch, capsys):
+    taken = {"vae": 0.4, "image": 0.3, "video": 3.1}
+    monkeypatch.setattr(train, "estimate_minutes", lambda model, clips, stage, s: taken[stage])
+    monkeypatch.setattr(train, "train_stage", lambda *arguments: None)
+    train.main([*SHORT[:4], "--video-steps", "200", *SHORT[6:]])
+    said = capsys.readouterr().out
+    assert "about 4 minutes on this machine; fewer --video-steps make it shorter" in said
+    assert "stage video: about 3.1 minutes" in said
+
+
+@pytest.mark.parametrize("stage", train.ALL_STAGES)
+def test_a_stages_time_is_that_of_its_steps_and_timing_changes_no_weight(stage):
+    model, _, _, _ = items_of(stage)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    scale = cascade.SCALE if stage == "upscale" else 1
+    clips = ShapesDataset("train", 5 if stage == "interpolate" else 4, 32 * scale)
+    s = train.Settings(batch_size=2, **{f"{stage}_steps": 10**6})
+    assert train.estimate_minutes(model, clips, stage, s) > 10  # a step takes more than 0.6 ms
+    assert equal(before, model.state_dict()) and all(p.grad is None for p in model.parameters())
+
+
 def test_the_next_command_is_a_shell_line_whatever_the_caption_holds(capsys):
     caption = """it's a "cat" `touch hacked` $HOME"""
     Path("clips").mkdir()
