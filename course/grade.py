@@ -44,7 +44,7 @@ def spoiled(function: Callable) -> Callable:
         except Exception:
             return None
         if isinstance(found, torch.Tensor):
-            return found + (torch.rand_like(found) if found.is_floating_point() else 1)
+            return found + 1
         return [*found, "wrong"] if isinstance(found, list) else found and (found[0] + 1, found[1])
     return wrong
 
@@ -99,7 +99,7 @@ def run_in_child(folder: str, recorder: Recorder, number: int, seconds: float) -
         os.dup2(nothing, stream)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     for limit, value in ((resource.RLIMIT_CPU, int(seconds) + 1), (resource.RLIMIT_AS, MEMORY),
-                         (resource.RLIMIT_FSIZE, 2**26), (resource.RLIMIT_CORE, 0)):
+                         (resource.RLIMIT_FSIZE, 2**26)):
         resource.setrlimit(limit, (value, value))
     os.chdir(folder)
     for path in (*ROOT.glob("*.py"), GRADERS):

@@ -81,23 +81,23 @@ def refuses(says: str, kind: type, function, *inputs) -> None:
     fail(f"{says}: raise {kind.__name__}; {found}")
 
 
-def same(says: str, found, within: float = 1e-6) -> None:
+def same(says: str, found, within: float = 1e-6, suffix: str = "") -> None:
     """Fail with the property, and how far a result is from what is stored under that name."""
     is_tensor = isinstance(found, Tensor)
-    if "storing" in NUMBERS:
+    if "storing" in NUMBERS and not suffix:
         values = [float(f"{x:.7g}") for x in found.flatten().tolist()] if is_tensor else found
         NUMBERS[says] = [[*found.shape], values] if is_tensor else found
     if not is_tensor:
         if found != NUMBERS[says]:
-            fail(f"{says}: {found}, not {NUMBERS[says]}")
+            fail(f"{says}{suffix}: {found}, not {NUMBERS[says]}")
         return
     shape, values = NUMBERS[says]
     if [*found.shape] != shape:
-        fail(f"{says}: of shape {[*found.shape]}, not {shape}")
+        fail(f"{says}{suffix}: of shape {[*found.shape]}, not {shape}")
     right = torch.tensor(values, dtype=torch.float64).view(shape)
     off = (found.detach().double() - right).abs().max().item()
     if not off <= within * max(1, right.abs().max().item()):  # nan is not
-        fail(f"{says}: off by as much as {off:.3g}")
+        fail(f"{says}{suffix}: off by as much as {off:.3g}")
 
 
 def state_of(inputs: list) -> tuple[bytes, bytes]:
@@ -118,27 +118,23 @@ def check(says: str, function, within: float = 1e-6, result_type=None, **inputs)
                      dtype if x.is_floating_point() else x.dtype, copy=True)
                 if isinstance(x, Tensor) else x for name, x in inputs.items()]
 
-    for dtype, precision in ((torch.float64, within), (torch.float32, max(within, 2e-5))):
-        words = f"{says}{', in float32' * (dtype == torch.float32)}"
+    for dtype, suffix in ((torch.float64, ""), (torch.float32, ", in float32")):
         given = converted(dtype)
         leaves = {name: x.requires_grad_() for name, x in zip(inputs, given)
                   if isinstance(x, Tensor) and x.is_floating_point()}
         before = state_of(given)
-        found = call(words, function, *given)
-        if dtype == torch.float32:
-            NUMBERS[words] = NUMBERS[says]
-        same(words, found, precision)
+        found = call(says + suffix, function, *given)
+        same(says, found, max(within, 2e-5) if suffix else within, suffix)
         if found.dtype != (result_type or dtype):
-            fail(f"{words}: the result is {found.dtype}, not {result_type or dtype}")
-        after = state_of(given)
-        if after[0] != before[0]:
-            fail(f"{words}: it changes an input in place")
-        if after[1] != before[1]:
-            fail(f"{words}: it draws from a generator that it was not given")
-        if dtype == torch.float64:
+            fail(f"{says}{suffix}: the result is {found.dtype}, not {result_type or dtype}")
+        for i, words in enumerate(("it changes an input in place",
+                                   "it draws from a generator that it was not given")):
+            if state_of(given)[i] != before[i]:
+                fail(f"{says}{suffix}: {words}")
+        if not suffix:
             check_gradients(says, found, leaves, within)
-        if not torch.equal(call(words, function, *given), found):
-            fail(f"{words}: a second call with the same inputs has another result")
+        if not torch.equal(call(says + suffix, function, *given), found):
+            fail(f"{says}{suffix}: a second call with the same inputs has another result")
     words = f"{says}, on another device than the CPU"
     found = call(words, function, *converted(torch.float32, "meta"))
     if not found.is_meta:
@@ -179,18 +175,17 @@ MERGES = [("x", "a"), ("b", "c"), ("a", "b"), ("a", "a"), ("ab", "c</w>"), ("h",
 
 @pytest.mark.parametrize("words, says", [
     (["abcd"], "what was learned first is joined first, b + c before a + b"),
-    (["abd", "ad"], "neighbours that are in the list of merges are joined, others are not"),
     (["aaab", "aaaab", "aaaaab"], "of equal pairs the leftmost is joined first"),
-    (["aaaaa", "aaaaaaab"], "a merge is applied at every place in the word"),
+    (["aaaaa", "aaaaaaab", "abd", "ad"], "a merge is applied at every place in the word"),
     (["horse", "horses", "abababab"], "merging goes on with what was merged"),
     (["abc", "abbc"], "one merge makes room for another, ab + c</w>"),
     (["xababd", "xaxabab", "xabab"], "only whole symbols are joined: xa + b is not a + b"),
     (["xbc", "abca", "bca"], "the last symbol ends with </w> and is another than without"),
-    (["a", "x", "Ã©", "©"], "</w> is part of the last symbol"),
+    (["a", "x", "Ã©", "©"], "</w> is a part of the last symbol"),
     (["<|endoftext|>", "<|startoftext|>"], "start and end tokens are symbols of their own"),
     (["".join(random.Random(99 * SEED + n).choices("abchorsex", k=n)) for n in range(1, 30)],
      "words of many letters"),
-], ids=range(11))
+], ids=range(10))
 def test_exercise_01_words_become_the_symbols_that_were_learned(words, says):
     tokenizers = [get("clip_text", "Tokenizer")(MERGES[:n]) for n in (5, len(MERGES))]
     for word in words * 2:  # the first time must not change the second
@@ -314,9 +309,9 @@ MASKS = {"strict": "masked before the softmax, the rows sum to one",
 def test_exercise_05_each_mask_weighs_as_it_should(mask, shape):
     attention = get("unet3d", "directed_attention")
     q, k, v = (randn(*shape, seed=seed) for seed in range(3))
-    for factor in (1, 60):
-        check(f'"{mask}": {MASKS[mask]}; {shape}{", large scores" * (factor > 1)}',
-              lambda q, k, v: attention(q, k, v, mask), q=q * factor, k=k, v=v)
+    for factor, size, within in ((1, "", 1e-6), (300, "large ", 1e-3)):
+        check(f'"{mask}": {MASKS[mask]}; {size}q {shape}',
+              lambda q, k, v: attention(q, k, v, mask), within, q=q * factor, k=k, v=v)
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
@@ -345,33 +340,25 @@ def test_exercise_07_is_cosines_then_sines_of_falling_frequencies(x, width):
     says = f"cosines, then sines, of {x}, width {width}"
     check(says, lambda x: get("unet3d", "sinusoid")(x, width), 2e-4, torch.float32,
           x=torch.tensor(x).double())
-    for dtype in (torch.bfloat16, torch.int64, torch.int32):
-        if dtype == torch.bfloat16 or 7.5 + SEED not in x:
-            words = f"{says}, x in {dtype}"
-            found = call(words, get("unet3d", "sinusoid"), torch.tensor(x).to(dtype), width)
-            NUMBERS[words] = NUMBERS[says]
-            same(words, found, 2e-4)
-            if found.dtype != torch.float32:
-                fail(f"{words}: the result is {found.dtype}, not torch.float32")
+    for dtype in (torch.bfloat16, torch.int64, torch.int32)[: 1 if 7.5 + SEED in x else 3]:
+        suffix = f", x in {dtype}"
+        found = call(says + suffix, get("unet3d", "sinusoid"), torch.tensor(x).to(dtype), width)
+        same(says, found, 2e-4, suffix)
+        if found.dtype != torch.float32:
+            fail(f"{says}{suffix}: the result is {found.dtype}, not torch.float32")
 
 
 # 10: guidance
 
 
-class Network:
-    """Stand in for the U-Net: depend on all that is given, and keep it."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, z, t, context, fps=None):
-        self.calls.append((z, context, fps))
-        if t.device != z.device:
-            raise ValueError(f"t is on {t.device} and z on {z.device}")
-        context = (context.square().mean(2) * torch.arange(context.shape[1]).to(z)).sum(1)
-        fps = z.new_zeros(len(z)) if fps is None else fps
-        context, fps, t = (x.to(z).view(*x.shape, *[1] * (5 - x.ndim)) for x in (context, fps, t))
-        return z * (1 + context + t / 1000) + fps * t
+def network(z, t, context, fps=None) -> Tensor:
+    """Stand in for the U-Net: depend on all that is given."""
+    if t.device != z.device:
+        raise ValueError(f"t is on {t.device} and z on {z.device}")
+    context = (context.square().mean(2) * torch.arange(context.shape[1]).to(z)).sum(1)
+    fps = z.new_full((len(z),), -1) if fps is None else fps
+    context, fps, t = (x.to(z).view(*x.shape, *[1] * (5 - x.ndim)) for x in (context, fps, t))
+    return z * (1 + context + t / 1000) + fps * t
 
 
 @pytest.mark.parametrize("scale", [7.5, 1, 1.0, 0.0, -2, 0.5])
@@ -380,21 +367,24 @@ class Network:
 def test_exercise_10_goes_beyond_the_text_away_from_no_text(form, fps, scale):
     diffusion, steps, latents = step("a network that predicts eps", form, False, "z")
     b = len(steps["t"])
-    inputs = {**latents, "t": steps["t"], "context": randn(b, 5, 3, seed=3),
-              "uncond": randn(b, 5, 3, seed=4), "fps": None if fps is None else fps[:b]}
+    fps = None if fps is None else fps[:b]
     says = f"guidance {scale}, {form}, {'no fps' if fps is None else 'with fps'}"
-    check(says, lambda *inputs: diffusion.guided_output(Network(), *inputs, scale), **inputs)
-    network = Network()
-    diffusion.guided_output(network, *inputs.values(), scale)
-    if len(network.calls) != 1:
-        fail(f"{says}: the network is called {len(network.calls)} times, not once")
-    z, context, given = network.calls[0]
-    if len(z) != (b if scale == 1 else 2 * b):
-        fail(f"{says}: the network's batch is {len(z)} for {b} clips")
-    if scale != 1 and not torch.equal(context[:b], inputs["uncond"]):
-        fail(f"{says}: the half without text does not come first")
-    if (given is None) != (fps is None):
-        fail(f"{says}: the network's fps are {given}; without fps it is the image model")
+
+    def guide(z, t, context, uncond, fps):
+        calls = []
+
+        def model(z, t, context, fps=None):
+            calls.append(context)
+            return network(z, t, context, fps)
+        found = diffusion.guided_output(model, z, t, context, uncond, fps, scale)
+        batches = [len(call) for call in calls]
+        if batches != [b if scale == 1 else 2 * b]:
+            fail(f"{says}: the network is called with batches of {batches}, for {b} clips")
+        if scale != 1 and not z.is_meta and not torch.equal(calls[0][:b], uncond):
+            fail(f"{says}: the half without text does not come first")
+        return found
+    check(says, guide, **latents, t=steps["t"], context=randn(b, 5, 3, seed=3),
+          uncond=randn(b, 5, 3, seed=4), fps=fps)
 
 
 # 11: the VAE
@@ -479,11 +469,9 @@ class Stub(nn.Module):
         self.factor = factor
 
     def forward(self, z, *given):
-        factor = self.factor
-        for n, x in enumerate(given, 1):
-            tensors = [x] if isinstance(x, Tensor) else [] if x is None else x.parameters()
-            factor = factor + 0.1 * n * sum(tensor.to(z).sum() for tensor in tensors)
-        return factor * z
+        tensors = [[x] if isinstance(x, Tensor) else x.parameters() if x else [] for x in given]
+        return z * (self.factor + 0.1 * sum(n * x.to(z).sum() for n, group in enumerate(tensors, 1)
+                                            for x in group))
 
 
 @pytest.mark.parametrize("frames, video", [(3, True), (3, False), (0, False)])
