@@ -44,10 +44,9 @@ def read_exercises() -> tuple[str, list[Exercise]]:
     for section in sections:
         heading = HEADING.match(section)
         if not heading or int(heading[1]) != len(exercises) + 1:
-            raise InputError(f"course/exercises.md: correct the heading of exercise "
-                             f"{len(exercises) + 1}: {section.splitlines()[:2]}")
-        number, title, file, name, source, _, points = heading.groups()
-        exercises.append(Exercise(int(number), title, file, name, source, int(points), section))
+            raise InputError(f"course/exercises.md: correct {section.splitlines()[:2]}")
+        number, *fields, _, points = heading.groups()
+        exercises.append(Exercise(int(number), *fields, int(points), section))
     return introduction, exercises
 
 
@@ -83,10 +82,8 @@ def blank(source: str, exercise: Exercise) -> str:
 
 def build_copy(numbers: list[int]) -> dict[Path, bytes]:
     """Return the files of a student's copy by relative path, with blanks for some exercises."""
-    files = {}
-    for pattern in COPIED:
-        for path in ROOT.glob(pattern):
-            files[path.relative_to(ROOT)] = path.read_bytes()
+    paths = [path for pattern in COPIED for path in ROOT.glob(pattern)]
+    files = {path.relative_to(ROOT): path.read_bytes() for path in paths}
     tiny = files[Path("tiny.py")]
     files[Path("tiny.py")] = re.sub(rb"\s\(docs/.*?\)", b"", tiny)  # that page is not in the copy
     chosen = [EXERCISES[number - 1] for number in numbers]
@@ -94,12 +91,10 @@ def build_copy(numbers: list[int]) -> dict[Path, bytes]:
         if exercise.file:
             file = Path(exercise.file)
             files[file] = blank(files[file].decode(), exercise).encode()
-    sections = [INTRODUCTION, *(exercise.text for exercise in chosen)]
-    files[Path("EXERCISES.md")] = "".join(sections).encode()
-    files[Path("README.md")] = (ROOT / "course/student.md").read_bytes()
-    settings = (ROOT / "pytest.ini").read_bytes().rstrip()
-    files[Path("pytest.ini")] = settings + b"\naddopts = -q --tb=short\n"
-    return files
+    handout = INTRODUCTION + "".join(exercise.text for exercise in chosen)
+    settings = (ROOT / "pytest.ini").read_bytes() + b"addopts = -q --tb=short\n"
+    return {**files, Path("EXERCISES.md"): handout.encode(), Path("pytest.ini"): settings,
+            Path("README.md"): (ROOT / "course/student.md").read_bytes()}
 
 
 def write_files(files: dict[Path, bytes], folder: Path) -> None:
@@ -132,9 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(flags.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; name a new or empty folder")
-    files = build_copy(numbers)
     try:
-        write_files(files, out)
+        write_files(build_copy(numbers), out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); name another "
                          f"folder") from error

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Recorder:
 
     def pytest_collection_finish(self, session):
         for item in session.items:
-            self.send(item.nodeid, "did not run")
+            self.send(item.nodeid, None)  # it has not run
         for path in Path("tests").glob("*"):
             path.unlink()  # they are read, the student's file is not yet
 
@@ -92,7 +93,7 @@ class Recorder:
 
 def run_in_child(folder: str, recorder: Recorder, number: int, seconds: float) -> None:
     """Run the graders of an exercise on the copy in `folder`, in a process that was just forked."""
-    import resource
+    import resource  # Windows has none
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -105,10 +106,9 @@ def run_in_child(folder: str, recorder: Recorder, number: int, seconds: float) -
     for path in (*ROOT.glob("*.py"), GRADERS):
         sys.modules.pop(path.stem, None)
     sys.path[:] = [folder] + [p for p in sys.path if Path(p).resolve() != ROOT]
-    without = [flag for name in ("terminal", "cacheprovider", "unraisableexception")
-               for flag in ("-p", f"no:{name}")]
-    pytest.main(["-k", f"exercise_{number:02d}", "-o", "addopts=", "--assert=plain", "-s", *without,
-                 "tests"], plugins=[recorder])
+    pytest.main(["tests", "-k", f"exercise_{number:02d}", "-o", "addopts=", "--assert=plain", "-s",
+                 *("-pno:" + name for name in ("terminal", "cacheprovider", "unraisableexception"))],
+                plugins=[recorder])
 
 
 def run_graders(files: dict[Path, bytes], exercise: Exercise, seconds: float = SECONDS,
@@ -123,8 +123,8 @@ def run_graders(files: dict[Path, bytes], exercise: Exercise, seconds: float = S
         child = os.fork()
         if child == 0:
             try:
-                recorder = Recorder(end, secret, exercise, first_only)
-                run_in_child(folder, recorder, exercise.number, seconds)
+                run_in_child(folder, Recorder(end, secret, exercise, first_only), exercise.number,
+                             seconds)
             finally:
                 os._exit(0)
         os.close(end)
@@ -138,10 +138,8 @@ def run_graders(files: dict[Path, bytes], exercise: Exercise, seconds: float = S
                 break
             else:
                 ended, status, usage = os.wait4(child, os.WNOHANG)
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has ended, with all that it started
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # with all that it started
         if not ended:
             _, status, usage = os.wait4(child, 0)
         os.close(pipe)
@@ -152,7 +150,7 @@ def run_graders(files: dict[Path, bytes], exercise: Exercise, seconds: float = S
     ending = f"the process ended by itself (exit status {os.waitstatus_to_exitcode(status)})"
     if not ended or os.WIFSIGNALED(status):
         ending = f"stopped after {seconds:.1f} s of processor time: does your loop end?"
-    said = {test: ending if words == "did not run" else words for test, words in said.items()}
+    said = {test: ending if words is None else words for test, words in said.items()}
     return said or {"all": ending}, usage.ru_utime + usage.ru_stime
 
 
@@ -162,10 +160,9 @@ def grade(submission: Path) -> list[dict]:
     reference[HIDDEN] = reference[GRADERS]
     reference[HIDDEN.with_suffix(".json.gz")] = HIDDEN_NUMBERS.read_bytes()
     handed_in = {}
-    for name in {exercise.file for exercise in EXERCISES if exercise.file}:
-        found = [path for path in submission.rglob(name) if path.is_file()]
-        if found:
-            handed_in[Path(name)] = min(found, key=lambda path: len(path.parts)).read_bytes()
+    for path in sorted(submission.rglob("*.py"), key=lambda path: len(path.parts), reverse=True):
+        if path.is_file() and path.name in {exercise.file for exercise in EXERCISES}:
+            handed_in[Path(path.name)] = path.read_bytes()
     left = SECONDS
     tests = []
     for exercise in EXERCISES:
@@ -218,10 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.store:
         store_numbers()
     folders = [Path(name).resolve() for name in flags.folders]
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; name one for each student")
-    if folders and not hasattr(os, "fork"):
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise InputError(f"{missing[0]}: no such folder; name one for each student")
+    if not hasattr(os, "fork"):
         raise InputError("this system cannot fork; grade on Linux, macOS or WSL")
     print(f"{'student':20}" + "".join(f"{e.number:5}" for e in EXERCISES) + "  total")
     for folder in folders:

@@ -27,6 +27,7 @@ torch.set_num_threads(1)  # the tensors are so small that more threads only wait
 SECONDS = 20  # a test that takes longer is stopped
 NUMBERS = json.loads(gzip.decompress(Path(__file__).with_suffix(".json.gz").read_bytes()))
 SEED = NUMBERS["seed"]  # of all inputs
+CHECKPOINT = Path(__file__).parent.parent / "checkpoints/shapes.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -61,24 +62,15 @@ def fail(words: str) -> None:
     pytest.fail(words, pytrace=False)
 
 
-def call(says: str, function, *inputs):
-    """Call a function; if it raises, say which property was tested."""
+def call(says: str, function, *inputs, refused_by: tuple = ()):
+    """Call a function; if it raises anything but what it should, say which property was tested."""
     try:
-        return function(*inputs)
+        found = function(*inputs)
+    except refused_by:
+        return None
     except Exception as error:
         raise AssertionError(f"{says}: it raised {type(error).__name__}: {error}") from error
-
-
-def refuses(says: str, kind: type, function, *inputs) -> None:
-    """Fail if a function does not raise an error of this kind."""
-    try:
-        function(*inputs)
-        found = "nothing was raised"
-    except kind:
-        return
-    except Exception as error:
-        found = f"it raised {type(error).__name__}: {error}"
-    fail(f"{says}: raise {kind.__name__}; {found}")
+    return found if not refused_by else fail(f"{says}: no error was raised")
 
 
 def same(says: str, found, within: float = 1e-6, suffix: str = "") -> None:
@@ -167,8 +159,6 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
             for i, (name, p) in enumerate(module.named_parameters())}
 
 
-# 1 and 2: the tokenizer
-
 MERGES = [("x", "a"), ("b", "c"), ("a", "b"), ("a", "a"), ("ab", "c</w>"), ("h", "o"), ("r", "s"),
           ("rs", "e</w>"), ("ho", "rse</w>"), ("b", "c</w>"), ("ab", "ab"), ("Ã", "©</w>")]
 
@@ -203,17 +193,12 @@ def test_exercise_02_a_caption_stands_between_start_and_end(monkeypatch, count, 
     letters = "abcdefghijklmnopqrstuvwxyz"[SEED:][:count]
     caption = " ".join(letters[n : n + 2] for n in range(0, count, 2))
     for texts in (caption, [caption], [caption, "xy"], ["z", caption, ""]):
-        given = [*texts]
         says = f"{count} tokens in a context of {length}: {texts!r}"
         tokens = call(says, tokenizer, texts)
         same(says, tokens)
         if tokens.dtype != torch.int64:
             fail(f"{says}: ids are int64, not {tokens.dtype}")
-        if [*texts] != given:
-            fail(f"{says}: it changes the list of captions")
 
-
-# 3, 8 and 9: noise and the samplers
 
 FORMS = {  # what t is -> the shapes of t and of z without channels, height and width
     "t (b,)": ((2,), (2, 3)),
@@ -229,8 +214,6 @@ DIFFUSIONS = {  # what is tested -> module, class, number of timesteps
     "a schedule of 20 steps": ("diffusion", "Diffusion", 20),
     "a schedule that ends without signal": ("tiny", "VDiffusion", 1000),
 }
-
-
 in_all_ways = pytest.mark.parametrize("name, form", [*itertools.product(DIFFUSIONS, FORMS)])
 
 
@@ -275,9 +258,6 @@ def test_exercise_09_ddpm_draws_from_the_posterior_of_every_frame(name, form):
                   z, output, t, t_prev, noise), **latents, **steps)
 
 
-# 4: the adaptor
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 4, 2, 5), (3, 3, 3, 3, 3), (2, 3, 6, 4), (3, 3, 3, 3)])
 def test_exercise_04_every_frame_has_its_own_scale_and_shift_for_each_channel(shape):
     adaptor = get("unet3d", "FrameAdaptor")(3, shape[2 if len(shape) == 5 else 3])
@@ -289,15 +269,13 @@ def test_exercise_04_every_frame_has_its_own_scale_and_shift_for_each_channel(sh
         fail(f"the result has z's type, bfloat16 under autocast, not {found}")
 
 
-@pytest.mark.parametrize("frames", [1, 2, 4, 6])
-def test_exercise_04_refuses_another_number_of_frames(frames):
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4, 4), (2, 1, 4, 4), (2, 2, 4, 4, 4), (1, 2, 4, 4),
+                                   (2, 4, 4, 4, 4), (1, 4, 4, 4), (1, 6, 4, 4, 4), (2, 6, 4, 4)])
+def test_exercise_04_refuses_another_number_of_frames(shape):
     adaptor = get("unet3d", "FrameAdaptor")(3, 4)
-    for shape in ((1, frames, 4, 4, 4), (2, frames, 4, 4)):
-        refuses(f"S and B are those of 3 frames, z {shape}", ValueError, adaptor,
-                torch.zeros(shape))
+    call(f"S and B are those of 3 frames, z {shape}: raise ValueError", adaptor,
+         torch.zeros(shape), refused_by=ValueError)
 
-
-# 5 and 6: directed attention
 
 MASKS = {"strict": "masked before the softmax, the rows sum to one",
          "literal": "masked after the softmax, later keys stay in the denominator",
@@ -331,9 +309,6 @@ def test_exercise_06_every_pixel_is_a_sequence_of_its_frames(monkeypatch, shape,
           **weights_of(module))
 
 
-# 7: waves
-
-
 @pytest.mark.parametrize("width", [8, 2, 96])
 @pytest.mark.parametrize("x", [[0, 1, 3 + SEED, 30], [250, 996], [7.5 + SEED]], ids=range(3))
 def test_exercise_07_is_cosines_then_sines_of_falling_frequencies(x, width):
@@ -346,9 +321,6 @@ def test_exercise_07_is_cosines_then_sines_of_falling_frequencies(x, width):
         same(says, found, 2e-4, suffix)
         if found.dtype != torch.float32:
             fail(f"{says}{suffix}: the result is {found.dtype}, not torch.float32")
-
-
-# 10: guidance
 
 
 def network(z, t, context, fps=None) -> Tensor:
@@ -387,9 +359,6 @@ def test_exercise_10_goes_beyond_the_text_away_from_no_text(form, fps, scale):
           uncond=randn(b, 5, 3, seed=4), fps=fps)
 
 
-# 11: the VAE
-
-
 @pytest.mark.parametrize("factor", [0.5, 0.18215])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 2, 5), (1, 1, 4, 3, 3)])
 def test_exercise_11_moves_noise_by_the_posterior_and_scales_both(shape, factor):
@@ -399,9 +368,6 @@ def test_exercise_11_moves_noise_by_the_posterior_and_scales_both(shape, factor)
     check(f"a sample of the posterior in the latents' scale {factor}, shape {shape}",
           vae.sample_latents, mean=randn(*shape), logvar=3 * randn(*shape, seed=1),
           eps=randn(*shape, seed=2))
-
-
-# 12: cutting a clip
 
 
 @pytest.mark.parametrize("total, rate, frames, fps", [
@@ -429,11 +395,9 @@ def test_exercise_12_frames_are_uniform_and_v_is_their_rate(total, rate, frames,
 @pytest.mark.parametrize("fps", [None, 8.0])
 @pytest.mark.parametrize("total, frames", [(7, 8), (0, 1), (1, 2)])
 def test_exercise_12_a_video_too_short_is_refused(total, frames, fps):
-    refuses(f"{frames} frames of a video of {total}, fps {fps}", get("data", "InputError"),
-            get("data", "sample_frames"), total, 24.0, frames, np.random.default_rng(0), fps)
-
-
-# 13: the moving average
+    call(f"{frames} frames of a video of {total}, fps {fps}: raise InputError",
+         get("data", "sample_frames"), total, 24.0, frames, np.random.default_rng(0), fps,
+         refused_by=get("data", "InputError"))
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.5, 0.15])
@@ -456,9 +420,6 @@ def test_exercise_13_every_average_warms_up_to_its_decay(decay):
             same(f"decay {decay}, average {i} of 3 after step {n}", average)
         if ema.count != n:
             fail(f"self.count is {ema.count} after {n} steps: it counts them")
-
-
-# 14: the ST block
 
 
 class Stub(nn.Module):
@@ -491,13 +452,9 @@ def test_exercise_14_space_and_time_read_the_same_tensor_and_are_added(i, frames
           z=randn(2, 3, 4, 2, 5), emb=randn(2, 1, 16, seed=1), context=randn(2, 5, 6, seed=2))
 
 
-# 15: all together
-
-
 @torch.no_grad()
 def test_exercise_15_all_together():
-    checkpoint = Path(__file__).parent.parent / "checkpoints" / "shapes.pt"
-    model = get("magicvideo", "MagicVideo").load(checkpoint)
+    model = get("magicvideo", "MagicVideo").load(CHECKPOINT)
     prompts = [["a red circle moving left"], ["a white square growing"]][SEED % 2]
     context = model.encode_text(prompts)
     uncond = model.encode_text([""])
