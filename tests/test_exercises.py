@@ -239,10 +239,9 @@ def test_exercise_03_noise_is_that_of_its_step(name, form):
         check(f"z_t, {name}, {form} = {t.tolist()}", diffusion.add_noise, **latents, t=t)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @in_all_ways
-def test_exercise_08_ddim_takes_every_frame_from_its_step_to_its_own(name, form, eta):
-    for ends in (False, True):
+def test_exercise_08_ddim_takes_every_frame_from_its_step_to_its_own(name, form):
+    for ends, eta in ((False, 0.0), (True, 0.7)):
         diffusion, steps, latents = step(name, form, ends, "z", "output", "noise")
         check(f"DDIM, {name}, {form}, eta {eta}, {[x.tolist() for x in steps.values()]}",
               lambda z, output, noise, t, t_prev: diffusion.ddim_step(
@@ -333,7 +332,7 @@ def network(z, t, context, fps=None) -> Tensor:
     return z * (1 + context + t / 1000) + fps * t
 
 
-@pytest.mark.parametrize("scale", [7.5, 1, 1.0, 0.0, -2, 0.5])
+@pytest.mark.parametrize("scale", [7.5, 1, 1.0, 0.0, -0.5])
 @pytest.mark.parametrize("fps", [None, torch.tensor([4.0, 8.0, 12.0])], ids=["no fps", "fps"])
 @pytest.mark.parametrize("form", FORMS)
 def test_exercise_10_goes_beyond_the_text_away_from_no_text(form, fps, scale):
