@@ -10,7 +10,7 @@ import argparse
 import ast
 import re
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 from data import InputError
@@ -23,17 +23,8 @@ HEADING = re.compile(r"## (\d+)\. (.+)\n(?:`([\w.]+): ([\w.]+)`|no function of i
                      r"(\d+) minutes · (\d+) points\n")
 
 
-@dataclass
-class Exercise:
-    """A section of exercises.md; the last exercise has no function of its own."""
-
-    number: int
-    title: str
-    file: str | None
-    name: str | None
-    source: str
-    points: int
-    text: str
+# a section of exercises.md; the last exercise has no function of its own, its file is None
+Exercise = namedtuple("Exercise", "number title file name source points text")
 
 
 def read_exercises() -> tuple[str, list[Exercise]]:
@@ -62,22 +53,20 @@ def find(source: str, exercise: Exercise) -> ast.FunctionDef:
     for part in exercise.name.split("."):
         named = [n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part]
         if not named:
-            raise InputError(f"{exercise.file}: no {exercise.name} in it; correct "
-                             f"course/exercises.md")
+            raise InputError(f"{exercise.file}: no {exercise.name} in it; correct exercises.md")
         node = named[0]
     if ast.get_docstring(node) is None:
         raise InputError(f"{exercise.file}: {exercise.name} has no docstring; write one")
     return node
 
 
-def blank(source: str, exercise: Exercise) -> str:
-    """Replace a function's body behind its docstring by a line that names the exercise."""
+def split(source: str, exercise: Exercise) -> tuple[str, str, str]:
+    """Split a file's text: up to the end of a function's docstring, its body, what follows."""
     function = find(source, exercise)
-    docstring = function.body[0]
     lines = source.splitlines(keepends=True)
-    error = f'NotImplementedError("exercise {exercise.number}: {exercise.source}")'
-    line = f'{" " * docstring.col_offset}raise {error}\n'
-    return "".join([*lines[: docstring.end_lineno], line, *lines[function.end_lineno :]])
+    start = function.body[0].end_lineno
+    parts = lines[:start], lines[start : function.end_lineno], lines[function.end_lineno :]
+    return tuple("".join(part) for part in parts)
 
 
 def build_copy(numbers: list[int]) -> dict[Path, bytes]:
@@ -87,10 +76,11 @@ def build_copy(numbers: list[int]) -> dict[Path, bytes]:
     tiny = files[Path("tiny.py")]
     files[Path("tiny.py")] = re.sub(rb"\s\(docs/.*?\)", b"", tiny)  # that page is not in the copy
     chosen = [EXERCISES[number - 1] for number in numbers]
-    for exercise in chosen:
-        if exercise.file:
-            file = Path(exercise.file)
-            files[file] = blank(files[file].decode(), exercise).encode()
+    for exercise in [exercise for exercise in chosen if exercise.file]:
+        before, body, after = split(files[Path(exercise.file)].decode(), exercise)
+        indent = body[: len(body) - len(body.lstrip())]
+        error = f'NotImplementedError("exercise {exercise.number}: {exercise.source}")'
+        files[Path(exercise.file)] = f"{before}{indent}raise {error}\n{after}".encode()
     handout = INTRODUCTION + "".join(exercise.text for exercise in chosen)
     settings = (ROOT / "pytest.ini").read_bytes() + b"addopts = -q --tb=short\n"
     return {**files, Path("EXERCISES.md"): handout.encode(), Path("pytest.ini"): settings,

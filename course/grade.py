@@ -64,10 +64,6 @@ class Recorder:
         for path in Path("tests").glob("*"):
             path.unlink()  # they are read, the student's file is not yet
 
-    def pytest_runtest_logreport(self, report):
-        if report.failed:  # of the set-up: the student's file cannot be imported
-            self.send(report.nodeid, str(report.longrepr)[-1000:])
-
     @pytest.hookimpl(wrapper=True)
     def pytest_pyfunc_call(self, pyfuncitem):
         """Send what a test says, and whether it fails with spoiled results, as it must."""
@@ -95,9 +91,8 @@ def run_in_child(folder: str, recorder: Recorder, number: int, seconds: float) -
     """Run the graders of an exercise on the copy in `folder`, in a process that was just forked."""
     import resource  # Windows has none
     os.setsid()
-    nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
-        os.dup2(nothing, stream)
+        os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     for limit, value in ((resource.RLIMIT_CPU, int(seconds) + 1), (resource.RLIMIT_AS, MEMORY),
                          (resource.RLIMIT_FSIZE, 2**26)):
@@ -106,9 +101,9 @@ def run_in_child(folder: str, recorder: Recorder, number: int, seconds: float) -
     for path in (*ROOT.glob("*.py"), GRADERS):
         sys.modules.pop(path.stem, None)
     sys.path[:] = [folder] + [p for p in sys.path if Path(p).resolve() != ROOT]
+    without = ["-pno:terminal", "-pno:cacheprovider", "-pno:unraisableexception"]
     pytest.main(["tests", "-k", f"exercise_{number:02d}", "-o", "addopts=", "--assert=plain", "-s",
-                 *("-pno:" + name for name in ("terminal", "cacheprovider", "unraisableexception"))],
-                plugins=[recorder])
+                 *without], plugins=[recorder])
 
 
 def run_graders(files: dict[Path, bytes], exercise: Exercise, seconds: float = SECONDS,
@@ -156,12 +151,13 @@ def run_graders(files: dict[Path, bytes], exercise: Exercise, seconds: float = S
 
 def grade(submission: Path, seconds: float = SECONDS) -> tuple[list[dict], float]:
     """Grade a folder of a student's files -> Gradescope's tests, two an exercise, and time used."""
-    reference = build_copy([])
-    reference[HIDDEN] = reference[GRADERS]
-    reference[HIDDEN.with_suffix(".json.gz")] = HIDDEN_NUMBERS.read_bytes()
+    files = build_copy([])
+    files[HIDDEN] = files[GRADERS]
+    files[HIDDEN.with_suffix(".json.gz")] = HIDDEN_NUMBERS.read_bytes()
     handed_in = {}
     for path in sorted(submission.rglob("*.py"), key=lambda path: len(path.parts), reverse=True):
-        if path.name in {e.file for e in EXERCISES} and path.is_file():
+        is_file = path.is_file() and path.stat().st_size < 2**20
+        if is_file and path.name in {exercise.file for exercise in EXERCISES}:
             handed_in[Path(path.name)] = path.read_bytes()
     used = 0
     tests = []
@@ -173,7 +169,7 @@ def grade(submission: Path, seconds: float = SECONDS) -> tuple[list[dict], float
             # an endless loop takes nothing of what the exercises that follow need
             share = seconds / (len(EXERCISES) + 1)
             limit = seconds - used - share * (len(EXERCISES) - exercise.number)
-            said, more = run_graders({**reference, **mine}, exercise, max(limit, share))
+            said, more = run_graders({**files, **mine}, exercise, max(limit, share))
             used += more
         for suffix, visibility in (("", "visible"), (", hidden tests", "after_published")):
             part = {test: words for test, words in said.items()
@@ -226,11 +222,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"{failures[0]}: this repository fails; python -m course.grade --store")
     print(f"{'student':20}" + "".join(f"{e.number:5}" for e in EXERCISES) + "  total")
     for folder in folders:
-        tests, _ = grade(folder, max(SECONDS, 1.5 * used))
-        file = (Path(flags.out) / folder.name if flags.out else folder) / "results.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # it could be a link
-        file.write_text(json.dumps({"tests": tests}, indent=1))
+        try:
+            tests, _ = grade(folder, max(SECONDS, 1.5 * used))
+            file = (Path(flags.out) / folder.name if flags.out else folder) / "results.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)  # it could be a link
+            file.write_text(json.dumps({"tests": tests}, indent=1))
+        except OSError as error:
+            print(f"{folder.name[:20]:20} not graded: {error}")
+            continue
         scores = [sum(test["score"] for test in tests[n : n + 2]) for n in range(0, len(tests), 2)]
         print(f"{folder.name[:20]:20}" + "".join(f"{score:5.1f}" for score in scores)
               + f"{sum(scores):7.1f}", flush=True)
