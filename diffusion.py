@@ -47,7 +47,7 @@ class Diffusion:
         return alpha_bar.reshape(*t.shape, *[1] * (5 - t.ndim))
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Sample q(z_t | z_0): z0 and eps (b, f, c, h, w), t (b,) -> z_t like z0 (paper §3.2)."""
+        """Sample q(z_t | z_0): z0, eps (b, f, c, h, w), t (b,) or (b, f) -> z_t (paper §3.2)."""
         # z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
         alpha_bar = self.alpha_bar(t)
         return cast(alpha_bar.sqrt(), z0) * z0 + cast((1 - alpha_bar).sqrt(), z0) * eps
@@ -121,7 +121,7 @@ class Diffusion:
 
     def ddim_step(self, z: Tensor, output: Tensor, t: Tensor, t_prev: Tensor, eta: float,
                   noise: Tensor) -> Tensor:
-        """Step z_t -> z_{t_prev} by DDIM (paper §3; Song et al. 2021, eq. 12; matches SD)."""
+        """Step z_t -> z_{t_prev} by DDIM, t (b,) or (b, f) (§3; Song 2021, eq. 12; matches SD)."""
         alpha_bar = self.alpha_bar(t)
         alpha_bar_prev = self.alpha_bar(t_prev)
         z0_hat, eps_hat = self.predict_z0_eps(z, output, t)
@@ -135,7 +135,7 @@ class Diffusion:
 
     def ddpm_step(self, z: Tensor, output: Tensor, t: Tensor, t_prev: Tensor,
                   noise: Tensor) -> Tensor:
-        """Step z_t -> z_{t_prev} by DDPM, q(z_prev | z_t, z_0_hat) (paper §3; matches SD)."""
+        """Step z_t -> z_{t_prev} by DDPM: q(z_prev | z_t, z_0_hat), t (b,) or (b, f) (§3, SD)."""
         alpha_bar = self.alpha_bar(t)
         alpha_bar_prev = self.alpha_bar(t_prev, after_last=1.0)
         beta = 1 - alpha_bar / alpha_bar_prev  # of the whole stride from t_prev to t

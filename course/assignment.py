@@ -1,90 +1,47 @@
 """Write a student's copy of this repository: `python -m course.assignment OUT` (ours).
 
-The bodies of fourteen functions, in which the paper and diffusion itself live, become one line that
-raises NotImplementedError; signature and docstring stay. Nothing in the code marks them: they are
-found by name. The copy has EXERCISES.md, which says what to write, and `tests/test_exercises.py`,
-the graders. Read `course/mistakes.py` next: what the graders catch.
+The bodies of the functions in `course/exercises.md` become one line that raises
+NotImplementedError; signature and docstring stay. Nothing in the code marks them: they are found by
+name. The copy has that file's sections as EXERCISES.md, and the graders. Read `course/grade.py`
+next: how submissions are graded.
 """
 
 import argparse
 import ast
+import re
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 from data import InputError
 
 ROOT = Path(__file__).parent.parent
 # what a copy has; all other tests, course/ and lab/ stay here: they hold solutions
-COPIED = ("*.py", "requirements*.txt", "pytest.ini", "README.md", "docs/**/*", "checkpoints/**/*",
-          "tests/conftest.py", "tests/test_exercises.py")
+COPIED = ("*.py", "requirements.txt", "checkpoints/shapes.pt", "tests/test_exercises.py",
+          "tests/test_exercises.json.gz")
+HEADING = re.compile(r"## (\d+)\. (.+)\n(?:`([\w.]+): ([\w.]+)`|no function of its own) · (.+) · "
+                     r"(\d+) minutes · (\d+) points\n")
 
 
-@dataclass
-class Exercise:
-    """A function to write: its place, its source, and what a student reads beside its docstring."""
-
-    file: str
-    name: str
-    source: str
-    title: str
-    task: str
+# a section of exercises.md; the last exercise has no function of its own, its file is None
+Exercise = namedtuple("Exercise", "number title file name source points text")
 
 
-EXERCISES = [
-    Exercise("clip_text.py", "Tokenizer._merge", "paper §3, CLIP text encoder",
-             "byte-pair encoding",
-             "Begin with single characters, the last one with `</w>` appended. As long as "
-             "neighbours are in `self._rank`, join the pair of the lowest rank. `join_pair`, above "
-             "the class, joins one pair everywhere in a word and is yours to use. START and END "
-             "are symbols of their own."),
-    Exercise("clip_text.py", "Tokenizer.__call__", "paper §3, CLIP text encoder",
-             "ids of a caption",
-             "Truncate the caption's ids, not the end token; pad with the end token, as SD does."),
-    Exercise("diffusion.py", "Diffusion.add_noise", "paper §3.2, loss", "noise of step t",
-             "`self.alpha_bar(t)` is float64 and has the shape to multiply z0, whether t is (b,) "
-             "or (b, f); `cast(factor, z0)` brings a factor to z0's type."),
-    Exercise("unet3d.py", "FrameAdaptor.forward", "paper §3.2.1, adaptor",
-             "a scale and a shift for each frame",
-             "`self.scale` and `self.shift` are (f, c). Frames are the second axis of z, channels "
-             "the third of (b, f, c, h, w) and the last of tokens (b, f, n, c). Raise ValueError "
-             "for another number of frames."),
-    Exercise("unet3d.py", "directed_attention", "paper §3.2.2, directed attention",
-             "attention that never looks ahead",
-             "Three masks. Where does each go: before the softmax, after it, nowhere? Rows are "
-             "queries."),
-    Exercise("unet3d.py", "DirectedTemporalAttention.forward", "paper §3.2.2, T-Attn",
-             "one sequence of frames per pixel",
-             "Norm over the channels, then a batch of b*h*w sequences of f tokens; heads by "
-             "`split_heads` and `merge_heads`; back to (b, f, c, h, w). Mind which axes you "
-             "reshape into which."),
-    Exercise("unet3d.py", "sinusoid", "paper §3.2, FPS: Sin(v)", "a number as waves",
-             "width/2 frequencies, 10000^(-k / (width/2)) for k = 0, 1, ...; cosines first."),
-    Exercise("diffusion.py", "Diffusion.ddim_step", "paper §3, sampling", "a step of DDIM",
-             "`self.alpha_bar` and `self.predict_z0_eps(z, output, t)` give what eq. 12 of Song et "
-             "al. 2021 needs. Compute the three factors in float64, then `cast` them to z's type."),
-    Exercise("diffusion.py", "Diffusion.ddpm_step", "paper §3, sampling", "a step of DDPM",
-             "The posterior of Ho et al. 2020, eq. 7, for a stride from t to t_prev: beta is 1 "
-             "minus the ratio of their alpha_bar, and after the last step alpha_bar is 1: "
-             "`self.alpha_bar(t_prev, after_last=1.0)`."),
-    Exercise("diffusion.py", "Diffusion.guided_output", "paper §3, sampling",
-             "classifier-free guidance",
-             "One call of the network for both halves of a batch, the unconditional half first; "
-             "with guidance 1 one call with the text alone."),
-    Exercise("vae.py", "VideoVAE.sample_latents", "paper §3, VideoVAE", "the reparametrisation",
-             "Mean and log-variance to a sample, in the latents' scale."),
-    Exercise("data.py", "sample_frames", "paper §3.2, FPS", "how a clip is cut",
-             "A stride, a start, and what they make of the rate. Draw from `rng` in this order: "
-             "the stride (unless fps is given), then the start."),
-    Exercise("tiny.py", "EMA.update", "ours: the paper is silent", "a moving average that warms up",
-             "Count the step, then move each average in `self.shadow` by 1 - decay towards its "
-             "weight in `self.parameters`, in place. The decay of step n is (1 + n) / (10 + n), at "
-             "most `self.decay`."),
-    Exercise("unet3d.py", "Level.layer", "paper §3.2.2, ST block", "space and time side by side",
-             "The resnet, then z_out = S-Attn(z) + T-Attn(z): both read the resnet's output, and "
-             "the spatial transformer has its residual inside. Without `video` there are no "
-             "adaptors and no T-Attn. Layers beyond `self.attentions` have no ST block."),
-]
+def read_exercises() -> tuple[str, list[Exercise]]:
+    """Read exercises.md: its introduction, and the exercises."""
+    text = (ROOT / "course/exercises.md").read_text("utf-8")
+    introduction, *sections = re.split("^(?=## )", text, flags=re.MULTILINE)
+    exercises = []
+    for section in sections:
+        heading = HEADING.match(section)
+        if not heading or int(heading[1]) != len(exercises) + 1:
+            raise InputError(f"course/exercises.md: correct {section.splitlines()[:2]}")
+        number, *fields, _, points = heading.groups()
+        exercises.append(Exercise(int(number), *fields, int(points), section))
+    return introduction, exercises
+
+
+INTRODUCTION, EXERCISES = read_exercises()
 
 
 def find(source: str, exercise: Exercise) -> ast.FunctionDef:
@@ -96,55 +53,45 @@ def find(source: str, exercise: Exercise) -> ast.FunctionDef:
     for part in exercise.name.split("."):
         named = [n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part]
         if not named:
-            raise InputError(f"{exercise.file}: no {exercise.name} in it; correct EXERCISES in "
-                             f"course/assignment.py")
+            raise InputError(f"{exercise.file}: no {exercise.name} in it; correct exercises.md")
         node = named[0]
     if ast.get_docstring(node) is None:
         raise InputError(f"{exercise.file}: {exercise.name} has no docstring; write one")
     return node
 
 
-def blank(source: str, exercise: Exercise, number: int) -> str:
-    """Replace a function's body behind its docstring by a line that names the exercise."""
+def split(source: str, exercise: Exercise) -> tuple[str, str, str]:
+    """Split a file's text: up to the end of a function's docstring, its body, what follows."""
     function = find(source, exercise)
-    docstring = function.body[0]
     lines = source.splitlines(keepends=True)
-    error = f'NotImplementedError("exercise {number}: {exercise.source}")'
-    line = f'{" " * docstring.col_offset}raise {error}\n'
-    return "".join([*lines[: docstring.end_lineno], line, *lines[function.end_lineno :]])
-
-
-def sheet(numbers: list[int]) -> str:
-    """Write EXERCISES.md: a section for each exercise."""
-    text = ["# Exercises\n",
-            "Each is the body of one function; its docstring and the paper say what it does. "
-            "`python -m pytest -k exercise` grades all of them, and what a grader says names the "
-            "property that broke.\n"]
-    for number in numbers:
-        exercise = EXERCISES[number - 1]
-        function = find((ROOT / exercise.file).read_text("utf-8"), exercise)
-        lines = sum(len(ast.unparse(node).splitlines()) for node in function.body[1:])
-        title = exercise.title[0].upper() + exercise.title[1:]
-        text += [f"## {number}. {title}\n",
-                 f"`{exercise.file}`: `{exercise.name}` ({exercise.source}). About {lines} "
-                 f"line{'s' * (lines > 1)}.\n",
-                 f"{exercise.task}\n",
-                 f"Grader: `python -m pytest -k exercise_{number:02d}`\n"]
-    return "\n".join(text)
+    start = function.body[0].end_lineno
+    parts = lines[:start], lines[start : function.end_lineno], lines[function.end_lineno :]
+    return tuple("".join(part) for part in parts)
 
 
 def build_copy(numbers: list[int]) -> dict[Path, bytes]:
-    """Return the files of a student's copy by relative path, with blanks and EXERCISES.md."""
-    files = {Path("EXERCISES.md"): sheet(numbers).encode()}
-    for pattern in COPIED:
-        for path in ROOT.glob(pattern):
-            if path.is_file():
-                files[path.relative_to(ROOT)] = path.read_bytes()
-    for number in numbers:
-        exercise = EXERCISES[number - 1]
-        file = Path(exercise.file)
-        files[file] = blank(files[file].decode(), exercise, number).encode()
-    return files
+    """Return the files of a student's copy by relative path, with blanks for some exercises."""
+    paths = [path for pattern in COPIED for path in ROOT.glob(pattern)]
+    files = {path.relative_to(ROOT): path.read_bytes() for path in paths}
+    tiny = files[Path("tiny.py")]
+    files[Path("tiny.py")] = re.sub(rb"\s\(docs/.*?\)", b"", tiny)  # that page is not in the copy
+    chosen = [EXERCISES[number - 1] for number in numbers]
+    for exercise in [exercise for exercise in chosen if exercise.file]:
+        before, body, after = split(files[Path(exercise.file)].decode(), exercise)
+        indent = body[: len(body) - len(body.lstrip())]
+        error = f'NotImplementedError("exercise {exercise.number}: {exercise.source}")'
+        files[Path(exercise.file)] = f"{before}{indent}raise {error}\n{after}".encode()
+    handout = INTRODUCTION + "".join(exercise.text for exercise in chosen)
+    settings = (ROOT / "pytest.ini").read_bytes() + b"addopts = -q --tb=short\n"
+    return {**files, Path("EXERCISES.md"): handout.encode(), Path("pytest.ini"): settings,
+            Path("README.md"): (ROOT / "course/student.md").read_bytes()}
+
+
+def write_files(files: dict[Path, bytes], folder: Path) -> None:
+    """Write files by relative path."""
+    for name, contents in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(contents)
 
 
 def exercise_numbers(only: str) -> list[int]:
@@ -170,11 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(flags.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; name a new or empty folder")
-    files = build_copy(numbers)
     try:
-        for name, contents in files.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_bytes(contents)
+        write_files(build_copy(numbers), out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); name another "
                          f"folder") from error

@@ -1,468 +1,454 @@
-"""The graders of the exercises: each says which property of the paper broke, and by how much.
+"""The graders of the exercises: each says which property broke, and by how much.
 
-They call one function each, with everything else replaced where it is another exercise: what is
-wrong in one does not turn the graders of another red.
+What is right is stored in numbers, in the file beside this one. A grader calls the function of one
+exercise and replaces those of others, so that a mistake in one does not turn the graders of another
+red; the last exercise has them all.
 """
 
-import math
+import _thread
+import gzip
+import importlib
+import itertools
+import json
+import pickle
+import random
+import signal
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-import data
-import unet3d
-from clip_text import Tokenizer
-from conftest import randn
-from diffusion import Diffusion
-from tiny import EMA, VDiffusion
-from unet3d import DirectedTemporalAttention, FrameAdaptor, Level, UNetConfig
-from vae import VAEConfig, VideoVAE
-
-
-def same(found, expected, says: str, within: float = 1e-9) -> None:
-    """Fail with what should have been so, and how far it is from it."""
-    assert found.shape == expected.shape, f"{says}: {found.shape}, not {expected.shape}"
-    assert found.isfinite().all(), f"{says}: there are values that are no finite numbers"
-    off = (found.double() - expected.double()).abs().max().item()
-    assert off <= within, f"{says}: off by as much as {off:.3g}"
-
-
-# --------------------------------------------------------------------------------------------------
-# 1 and 2: the tokenizer
-
-MERGES = [("b", "c"), ("a", "b"), ("a", "a"), ("ab", "c</w>"), ("h", "o"), ("r", "s"),
-          ("rs", "e</w>"), ("ho", "rse</w>"), ("b", "c</w>")]
-
-
-@pytest.mark.parametrize("word, symbols, says", [
-    ("abcd", ["a", "bc", "d</w>"], "what was learned first is joined first: b + c before a + b"),
-    ("abd", ["ab", "d</w>"], "neighbours that are in the list of merges are joined"),
-    ("aaab", ["aa", "a", "b</w>"], "of equal pairs the leftmost is joined first"),
-    ("aaaaa", ["aa", "aa", "a</w>"], "a merge is applied to every place in the word"),
-    ("horse", ["horse</w>"], "merging goes on with what was merged, until no pair is in the list"),
-    ("abc", ["abc</w>"], "one merge makes room for another: ab and c</w> are a pair in the list"),
-    ("xbc", ["x", "bc</w>"], "the last symbol has </w> and is another than the same without"),
-    ("a", ["a</w>"], "a word of one letter is one symbol, and ends with </w>"),
-    ("<|endoftext|>", ["<|endoftext|>"], "start and end tokens are symbols of their own"),
-])
-def test_exercise_01_words_become_the_symbols_that_were_learned(word, symbols, says):
-    found = Tokenizer(MERGES)._merge(word)
-    assert found == symbols, f"{says}: {word!r} became {found}, not {symbols}"
-
-
-@pytest.fixture
-def tokenizer(monkeypatch):
-    """A tokenizer of eight tokens that joins nothing."""
-    monkeypatch.setattr(Tokenizer, "_merge",
-                        lambda self, word: [*word[:-1], word[-1] + "</w>"])  # exercise 1
-    return Tokenizer([], context_length=8)
-
-
-@pytest.mark.parametrize("caption, ids, says", [
-    ("ab", [64, 65 + 256], "start, caption, then end tokens to the last, as SD pads"),
-    ("", [], "an empty caption is start, then end tokens"),
-    ("abcdefghijkl", [64, 65, 66, 67, 68, 69], "too long a caption loses its last tokens, not end"),
-])
-def test_exercise_02_a_caption_stands_between_start_and_end(tokenizer, caption, ids, says):
-    expected = [tokenizer.start, *ids] + [tokenizer.end] * (7 - len(ids))
-    for found in (tokenizer(caption), tokenizer(["ab", caption])[1:]):
-        assert found.tolist() == [expected], f"{says}: {found.tolist()}, not {[expected]}"
-        assert found.dtype == torch.int64, f"ids are int64, not {found.dtype}"
-
-
-# --------------------------------------------------------------------------------------------------
-# 3: noise
-
-DIFFUSION = Diffusion()
-
-
-def latents(*seeds: int, shape=(2, 3, 4, 2, 2)) -> list[torch.Tensor]:
-    """Draw z0, eps and further noise for two clips of three frames."""
-    return [randn(*shape, seed=seed) for seed in seeds]
-
-
-def at(*t: int) -> torch.Tensor:
-    """The timestep of both clips, (b,), or those of their three frames, (b, f)."""
-    return torch.tensor([t] * 2).squeeze(1)
-
-
-def noisy(z0, eps, t, diffusion=DIFFUSION) -> torch.Tensor:
-    """z_t by hand."""
-    alpha_bar = diffusion.alpha_bar(t)
-    return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * eps
-
-
-@pytest.mark.parametrize("t", [at(0), at(1), at(499), at(999), torch.tensor([10, 900]),
-                               at(1, 50, 900)])
-def test_exercise_03_noise_is_that_of_its_step(t):
-    z0, eps = latents(0, 1)
-    same(DIFFUSION.add_noise(z0, eps, t), noisy(z0, eps, t),
-         f"z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps at t = {t.tolist()}")
-
-
-def test_exercise_03_latents_keep_their_variance_and_their_type():
-    z0, eps = latents(0, 1, shape=(2, 3, 4, 32, 32))
-    found = DIFFUSION.add_noise(z0.float(), eps.float(), at(400))
-    assert found.dtype == torch.float32, f"factors are cast to z0's type: not {found.dtype}"
-    same(found.var(), torch.ones(()), "N(0, 1) and noise of N(0, 1) make N(0, 1)", 0.05)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4: the adaptor
-
-
-# frames and channels are three each, so that a wrong axis has the right shape
-@pytest.mark.parametrize("shape, channels", [((2, 3, 3, 3, 3), (-1, 1, 1)), ((2, 3, 3, 3), (-1,))])
-def test_exercise_04_every_frame_has_its_own_scale_and_shift_for_each_channel(shape, channels):
-    adaptor = FrameAdaptor(3, 3).double()
-    z = randn(*shape)
-    same(adaptor(z), z, "with S = 1 and B = 0 the image model stays itself (§3.2.1)", 0)
-    adaptor.scale.data = 1 + randn(3, 3)
-    adaptor.shift.data = randn(3, 3, seed=1)
-    for i in range(3):
-        scale = adaptor.scale[i].view(channels)
-        shift = adaptor.shift[i].view(channels)
-        same(adaptor(z)[:, i], scale * z[:, i] + shift, f"z_i = S_i z_i + B_i (§3.2.1), frame {i} "
-             f"of {'(b, f, c, h, w)' if len(shape) == 5 else 'tokens (b, f, n, c)'}")
-
-
-@pytest.mark.parametrize("frames", [1, 2, 4])
-def test_exercise_04_refuses_another_number_of_frames(frames):
-    with pytest.raises(ValueError):
-        FrameAdaptor(3, 3)(torch.zeros(1, frames, 3, 4, 4))
-        pytest.fail(f"{frames} frames were taken by an adaptor of 3, one scale and shift for each")
-
-
-# --------------------------------------------------------------------------------------------------
-# 5 and 6: directed attention
-
-
-def by_hand(q, k, v, mask: str) -> torch.Tensor:
-    """Attend row by row: frame i reads frames up to i."""
-    f = q.shape[2]
-    rows = []
-    for i in range(f):
-        weights = ((q[:, :, i : i + 1] * k).sum(-1) / math.sqrt(q.shape[-1])).exp()
-        seen = f if mask == "bidirectional" else i + 1
-        weights = weights / weights[..., : f if mask == "literal" else seen].sum(-1, keepdim=True)
-        rows.append((weights[..., :seen, None] * v[:, :, :seen]).sum(2))
-    return torch.stack(rows, dim=2)
-
-
-@pytest.mark.parametrize("mask, says", [
-    ("strict", "masked before the softmax, rows sum to one"),
-    ("literal", "masked after the softmax, later keys stay in the denominator (as the equation)"),
-    ("bidirectional", "no mask: all frames are read"),
-])
-def test_exercise_05_each_mask_weighs_as_it_should(mask, says):
-    q, k, v = latents(0, 1, 2, shape=(2, 2, 5, 4))
-    same(unet3d.directed_attention(q, k, v, mask), by_hand(q, k, v, mask), f'"{mask}": {says}')
-
-
-@pytest.mark.parametrize("mask", ["strict", "literal"])
-def test_exercise_05_no_frame_reads_a_later_one(mask):
-    q, k, v = latents(0, 1, 2, shape=(2, 2, 5, 4))
-    before = unet3d.directed_attention(q, k, v, mask)
-    v[:, :, 3] += 1
-    if mask == "strict":  # literal feels later keys, through the denominator
-        k[:, :, 3] += 1
-    off = (unet3d.directed_attention(q, k, v, mask) - before).abs().amax((0, 1, 3))
-    assert (off[:3] == 0).all(), f'"{mask}": an earlier frame changes with frame 3'
-    assert (off[3:] > 0).all(), f'"{mask}": frames 3 and 4 do not read frame 3: rows are queries'
-
-
-@pytest.fixture
-def t_attn(monkeypatch):
-    """T-Attn of 4 channels and 2 heads with random weights."""
-    monkeypatch.setattr(unet3d, "directed_attention", by_hand)  # exercise 5
-    module = DirectedTemporalAttention(4, heads=2).double()
-    for seed, p in enumerate(module.parameters()):
-        p.data = randn(*p.shape, seed=seed)
-    return module
-
-
-def test_exercise_06_every_pixel_is_a_sequence_of_its_own(t_attn):
-    z = randn(2, 3, 4, 2, 2)
-    found = t_attn(z)
-    for b, y, x in ((0, 0, 1), (1, 1, 0)):
-        tokens = t_attn.norm(z[b, :, :, y, x])  # (f, c)
-        q, k, v = (to(tokens).view(1, 3, 2, 2).transpose(1, 2)
-                   for to in (t_attn.to_q, t_attn.to_k, t_attn.to_v))
-        row = t_attn.to_out(by_hand(q, k, v, "strict").transpose(1, 2).reshape(3, 4))
-        same(found[b, :, :, y, x], row,
-             f"frames attend at equal (h, w), here of clip {b} at ({y}, {x})")
-
-
-def test_exercise_06_frames_mix_at_equal_places_alone(t_attn):
-    z = randn(2, 3, 4, 2, 2)
-    before = t_attn(z)
-    z[1, 0, :, 1, 0] += randn(4, seed=9)
-    off = (t_attn(z) - before).abs().amax(2)  # (b, f, h, w)
-    assert (off[0] == 0).all(), "one clip changes with another: a reshape mixes clips and frames"
-    off[1, :, 1, 0] = 0
-    assert (off == 0).all(), "a pixel changes with another: frames mix at equal (h, w) only"
-
-
-def test_exercise_06_reads_the_norm_of_its_input_and_adds_nothing_itself(t_attn):
-    z = randn(2, 3, 4, 2, 2)
-    same(t_attn(z), t_attn(5 * z + 2),
-         "T-Attn(LN(z)): scale and offset of the channels do not matter", 1e-2)
-    t_attn.to_out.weight.data.zero_()
-    t_attn.to_out.bias.data.zero_()
-    same(t_attn(z), torch.zeros_like(z),
-         "with a zero output projection nothing is added (no residual here)", 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# 7: waves
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
-def test_exercise_07_is_cosines_then_sines_of_falling_frequencies(dtype):
-    found = unet3d.sinusoid(torch.tensor([0, 1, 8, 30]).to(dtype), 8)
-    assert found.dtype == torch.float32, f"{found.dtype} of {dtype}: timesteps would collide"
-    angles = torch.tensor([[x * 10000 ** (-k / 4) for k in range(4)] for x in (0, 1, 8, 30)])
-    same(found[:, :4], angles.cos(), "the first half are cosines of 0, 1, 8, 30", 1e-5)
-    same(found[:, 4:], angles.sin(), "the second half are sines of 0, 1, 8, 30", 1e-5)
-
-
-# --------------------------------------------------------------------------------------------------
-# 8 to 10: sampling
-
-
-@pytest.mark.parametrize("diffusion, t, t_prev, says", [
-    (DIFFUSION, at(999), at(500), "exactly (DDIM, eq. 12)"),
-    (DIFFUSION, at(1), at(-1), "the last step, with alpha_bar_0 for alpha_bar of -1 (matches SD)"),
-    (DIFFUSION, at(999, 500, 100), at(500, 100, 0), "each frame from its own step to its own"),
-    (VDiffusion(), at(600), at(400), "of a network that predicts v: as predict_z0_eps has it"),
-])
-def test_exercise_08_the_true_output_leads_to_less_noisy_latents(diffusion, t, t_prev, says):
-    z0, eps, noise = latents(0, 1, 2)
-    z = noisy(z0, eps, t, diffusion)
-    found = diffusion.ddim_step(z, diffusion.target(z0, eps, t), t, t_prev, 0.0, noise)
-    same(found, noisy(z0, eps, t_prev, diffusion),
-         f"eta 0 and the true output: z_t -> z_t_prev {says}", 1e-6)
-
-
-@pytest.mark.parametrize("eta", [0.3, 1.0])
-def test_exercise_08_new_noise_replaces_old(eta):
-    z0, eps, noise = latents(0, 1, 2)
-    z = noisy(z0, eps, at(600))
-    a = DIFFUSION.alpha_bar(at(600))
-    a_prev = DIFFUSION.alpha_bar(at(400))
-    variance = eta**2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-    expected = a_prev.sqrt() * z0 + (1 - a_prev - variance).sqrt() * eps + variance.sqrt() * noise
-    same(DIFFUSION.ddim_step(z, eps, at(600), at(400), eta, noise), expected,
-         f"sigma^2 = eta^2 (1 - a_prev) / (1 - a) (1 - a / a_prev), eta {eta}", 1e-6)
-    found = DIFFUSION.ddim_step(z.float(), eps.float(), at(600), at(400), eta, noise.float()).dtype
-    assert found == torch.float32, f"factors are cast to z's type: not {found}"
-
-
-@pytest.mark.parametrize("t, t_prev", [(at(999), at(979)), (at(600), at(400)), (at(19), at(-1)),
-                                       (at(999, 600, 19), at(979, 400, -1))])
-def test_exercise_09_draws_from_the_posterior(t, t_prev):
-    z0, eps, noise = latents(0, 1, 2)
-    z = noisy(z0, eps, t)
-    a = DIFFUSION.alpha_bar(t)
-    a_prev = DIFFUSION.alpha_bar(t_prev, after_last=1.0)
-    beta = 1 - a / a_prev
-    mean = (a_prev.sqrt() * beta * z0 + (1 - beta).sqrt() * (1 - a_prev) * z) / (1 - a)
-    found = DIFFUSION.ddpm_step(z, eps, t, t_prev, 0 * noise)
-    same(found, mean, f"the mean of q(z_t_prev | z_t, z_0) (DDPM, eq. 7) from t = {t[0].tolist()} "
-         f"to {t_prev[0].tolist()}, alpha_bar of -1 is 1", 1e-6)
-    same(DIFFUSION.ddpm_step(z, eps, t, t_prev, noise) - found,
-         ((1 - a_prev) / (1 - a) * beta).sqrt() * noise,
-         "the noise has the posterior's standard deviation, the root of its variance", 1e-6)
-    found = DIFFUSION.ddpm_step(z.float(), eps.float(), t, t_prev, noise.float()).dtype
-    assert found == torch.float32, f"factors are cast to z's type: not {found}"
-
-
-def guidance(scale: float, t=at(500), fps=torch.ones(2)) -> tuple:
-    """Guide a network that adds its text to z: what comes out, z, and the calls of the network."""
-    calls = []
-
-    def network(z, t, context, fps):
-        calls.append((z, t, context, fps))
-        return z + context.mean((1, 2)).view(-1, 1, 1, 1, 1)
-    z, = latents(0)
-    context = torch.ones(2, 5, 3).double()
-    return DIFFUSION.guided_output(network, z, t, context, 0 * context, fps, scale), z, calls
-
-
-@pytest.mark.parametrize("scale", [7.5, 2.0, 0.0])
-def test_exercise_10_goes_beyond_the_text_away_from_no_text(scale):
-    found, z, _ = guidance(scale)
-    same(found, z + scale, f"uncond + s (cond - uncond), guidance {scale} (text adds 1, no text 0)")
-
-
-@pytest.mark.parametrize("t", [at(500), at(10, 20, 30)])
-def test_exercise_10_both_halves_are_one_call(t):
-    _, z, calls = guidance(7.5, t)
-    assert len(calls) == 1, f"both halves are one batch: the network was called {len(calls)} times"
-    same(calls[0][0], torch.cat([z, z]), "the batch holds z twice", 0)
-    same(calls[0][1], torch.cat([t, t]), "t is doubled as z is", 0)
-    assert calls[0][3] is not None and len(calls[0][3]) == 4, "fps are doubled as z is"
-
-
-def test_exercise_10_guidance_1_is_the_network_with_its_text_once():
-    found, z, calls = guidance(1, fps=None)
-    same(found, z + 1, "guidance 1 is the output with text")
-    assert len(calls) == 1 and len(calls[0][0]) == 2, "guidance 1 needs no half without text"
-    assert calls[0][3] is None, "without fps the network is the image model"
-
-
-# --------------------------------------------------------------------------------------------------
-# 11: the VAE
-
-
-with torch.device("meta"):
-    VAE = VideoVAE(VAEConfig(channels=(8, 8), groups=2, scaling_factor=0.5))
-
-
-def test_exercise_11_moves_noise_by_the_posterior_and_scales_both():
-    mean, logvar, eps = latents(0, 1, 2)
-    same(VAE.sample_latents(mean, logvar, eps), 0.5 * (mean + logvar.exp().sqrt() * eps),
-         "z = (mean + exp(logvar / 2) eps) * scaling_factor")
-
-
-def test_exercise_11_lets_gradients_reach_mean_and_variance():
-    mean, logvar, eps = latents(0, 1, 2)
-    before = mean.clone()
-    z = VAE.sample_latents(mean.requires_grad_(), logvar.requires_grad_(), eps)
-    assert z.requires_grad, "nothing can be learned: the sample is cut off from mean and logvar"
-    z.sum().backward()
-    same(mean.grad, torch.full_like(mean, 0.5), "d z / d mean is the scaling factor")
-    assert logvar.grad is not None and logvar.grad.abs().min() > 0, "no gradient reaches logvar"
-    same(mean.detach(), before, "mean is left as it was", 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# 12: cutting a clip
-
-
-def cuts(total: int, frames: int, n: int = 400, fps: float | None = None) -> list:
-    """Cut a video at 24 frames a second n times."""
-    rng = np.random.default_rng(0)
-    return [data.sample_frames(total, 24.0, frames, rng, fps) for _ in range(n)]
-
-
-def strides(*args, **kwargs) -> set[int]:
-    """The strides of such cuts."""
-    return {int(indices[1] - indices[0]) for indices, _ in cuts(*args, **kwargs)}
-
-
-def test_exercise_12_frames_are_uniform_and_inside_and_v_is_their_rate():
-    for indices, v in cuts(60, 8):
-        assert len(indices) == 8, f"8 frames asked for, {len(indices)} cut"
-        gaps = set(np.diff(indices).tolist())
-        stride = gaps.pop()
-        assert not gaps and stride >= 1, f"frames must be uniform (§3.2, FPS): {indices.tolist()}"
-        assert 0 <= indices[0] and indices[-1] < 60, f"0 to 59 are there: {indices.tolist()}"
-        assert v == pytest.approx(24 / stride), f"v is 24 / {stride} at stride {stride}, not {v}"
-
-
-def test_exercise_12_every_part_and_every_stride_comes_up():
-    found = cuts(44, 8, 3000)
-    seen = {int(i[1] - i[0]) for i, _ in found}
-    assert seen == {1, 2, 3, 4, 5, 6}, f"strides 1 to 6 all fit 44 frames, seen are {sorted(seen)}"
-    for stride in (1, 6):
-        starts = {int(i[0]) for i, _ in found if i[1] - i[0] == stride}
-        expected = set(range(44 - 7 * stride))
-        assert starts == expected, (
-            f"stride {stride}: parts start at 0 to {max(expected)}, where the last frame is used; "
-            f"seen are {min(starts)} to {max(starts)}")
-    assert strides(15, 8) == {1, 2}, "15 frames hold 8 at strides 1 and 2 alone"
-
-
-@pytest.mark.parametrize("fps, stride", [(24, 1), (12, 2), (8, 3), (9, 3), (7, 3), (100, 1)])
-def test_exercise_12_a_rate_that_is_asked_for_is_met_as_nearly_as_fits(fps, stride):
-    found = strides(60, 8, 20, fps=fps)
-    assert found == {stride}, f"fps {fps} of 24 is stride {stride}, found {found}"
-    assert strides(20, 8, 20, fps=2) == {2}, "20 frames hold 8 at stride 2 at most"
-
-
-def test_exercise_12_a_video_too_short_is_refused():
-    assert cuts(8, 8, 1)[0][0].tolist() == list(range(8)), "8 of 8 frames are all of them"
-    assert cuts(1, 1, 1)[0][0].tolist() == [0], "a single frame has any stride"
-    with pytest.raises(data.InputError):
-        cuts(7, 8, 1)
-        pytest.fail("8 frames were cut from a video of 7")
-
-
-# --------------------------------------------------------------------------------------------------
-# 13: the moving average
-
-
-@pytest.mark.parametrize("decay", [0.999, 0.5])
-def test_exercise_13_warms_up_to_its_decay_and_keeps_it(decay):
-    p = nn.Parameter(torch.zeros(1))
-    average = EMA([p], decay)
-    p.data.fill_(1.0)
-    left = 1.0
+from torch import Tensor, nn
+from torch.func import functional_call
+
+torch.set_num_threads(1)  # the tensors are so small that more threads only wait
+NUMBERS = json.loads(gzip.decompress(Path(__file__).with_suffix(".json.gz").read_bytes()))
+SEED = NUMBERS["seed"]  # of all inputs
+CHECKPOINT = Path(__file__).parent.parent / "checkpoints/shapes.pt"
+
+
+@pytest.fixture(autouse=True)
+def time_limit():
+    """Stop a long test in words, by a signal that is simulated: every system has that."""
+    before = signal.signal(signal.SIGTERM, lambda *_: fail("20 s are over: does your loop end?"))
+    timer = threading.Timer(20, _thread.interrupt_main, [signal.SIGTERM])
+    timer.start()
+    yield
+    timer.cancel()
+    signal.signal(signal.SIGTERM, before)
+
+
+def get(module: str, name: str):
+    """Import what a grader tests when it runs: a file with an error fails its own graders alone."""
+    return getattr(importlib.import_module(module), name)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * SEED + seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def fail(words: str) -> None:
+    pytest.fail(words, pytrace=False)
+
+
+def call(says: str, function, *inputs, refused_by: tuple = ()):
+    """Call a function; if it raises anything but what it should, say which property was tested."""
+    try:
+        found = function(*inputs)
+    except refused_by:
+        return None
+    except Exception as error:
+        raise AssertionError(f"{says}: it raised {type(error).__name__}: {error}") from error
+    return found if not refused_by else fail(f"{says}: no error was raised")
+
+
+def same(says: str, found, within: float = 1e-6, suffix: str = "") -> None:
+    """Fail with the property, and how far a result is from what is stored under that name."""
+    is_tensor = isinstance(found, Tensor)
+    if "storing" in NUMBERS and not suffix:
+        values = [float(f"{x:.7g}") for x in found.flatten().tolist()] if is_tensor else found
+        NUMBERS[says] = [[*found.shape], values] if is_tensor else found
+    if not is_tensor:
+        if found != NUMBERS[says]:
+            fail(f"{says}{suffix}: {found}, not {NUMBERS[says]}")
+        return
+    shape, values = NUMBERS[says]
+    if [*found.shape] != shape:
+        fail(f"{says}{suffix}: of shape {[*found.shape]}, not {shape}")
+    right = torch.tensor(values, dtype=torch.float64).view(shape)
+    off = (found.detach().double() - right).abs().max().item()
+    if not off <= within * max(1, right.abs().max().item()):  # nan is not
+        fail(f"{says}{suffix}: off by as much as {off:.3g}")
+
+
+def state_of(inputs: list) -> tuple[bytes, bytes]:
+    """Return what no function may change: its inputs, and generators that it was not given."""
+    values = [x.detach().numpy().tobytes() if isinstance(x, Tensor) else x for x in inputs]
+    generators = (torch.get_rng_state().numpy(), np.random.get_state(), random.getstate())
+    return pickle.dumps(values), pickle.dumps(generators)
+
+
+def check(says: str, function, within: float = 1e-6, result_type=None, **inputs) -> None:
+    """Compare a result with the stored one, in float64 and float32, and all that goes with it.
+
+    Floating-point inputs are given in both types, the weights of a module too. The result has their
+    type and device, gradients reach each of them (weighted sums are compared), and neither they nor
+    any generator are changed. Timesteps are on the CPU.
+    """
+    if isinstance(function, nn.Module):
+        module = function
+        names = [name for name, _ in module.named_parameters()]
+        inputs |= {name: randn(*module.get_parameter(name).shape, seed=50 + i)
+                   for i, name in enumerate(names)}
+        function = lambda z, *weights: functional_call(module, dict(zip(names, weights)), (z,))
+
+    def converted(dtype, device="cpu"):
+        return [x.to("cpu" if name in ("t", "t_prev") else device,
+                     dtype if x.is_floating_point() else x.dtype, copy=True)
+                if isinstance(x, Tensor) else x for name, x in inputs.items()]
+
+    for dtype, suffix in ((torch.float64, ""), (torch.float32, ", in float32")):
+        given = converted(dtype)
+        leaves = {name: x.requires_grad_() for name, x in zip(inputs, given)
+                  if isinstance(x, Tensor) and x.is_floating_point()}
+        before = state_of(given)
+        found = call(says + suffix, function, *given)
+        same(says, found, max(within, 2e-5) if suffix else within, suffix)
+        if found.dtype != (result_type or dtype):
+            fail(f"{says}{suffix}: the result is {found.dtype}, not {result_type or dtype}")
+        after = state_of(given)
+        for i, words in enumerate(("an input in place", "a generator that it was not given")):
+            if after[i] != before[i]:
+                fail(f"{says}{suffix}: it changes {words}")
+        if not torch.equal(call(says + suffix, function, *given), found):
+            fail(f"{says}{suffix}: a second call with the same inputs has another result")
+        total = (found * randn(*found.shape, seed=98)).sum()
+        grads = [None] * len(leaves)
+        if found.requires_grad:
+            grads = torch.autograd.grad(total, leaves.values(), allow_unused=True)
+        for (name, x), grad in zip(leaves.items(), grads if dtype == torch.float64 else ()):
+            words = f"{says}: the gradient that reaches {name}"
+            if grad is None and NUMBERS.get(words, [[], [0.0]])[1] != [0.0]:
+                fail(f"{words} is cut off")
+            grad = torch.zeros_like(x) if grad is None else grad
+            same(words, (grad * randn(*x.shape, seed=99)).sum(), within)
+    words = f"{says}, on another device than the CPU"
+    found = call(words, function, *converted(torch.float32, "meta"))
+    if not found.is_meta:
+        fail(f"{words}: the result is on {found.device}")
+
+
+MERGES = [("x", "a"), ("b", "c"), ("a", "b"), ("a", "a"), ("ab", "c</w>"), ("h", "o"), ("r", "s"),
+          ("rs", "e</w>"), ("ho", "rse</w>"), ("b", "c</w>"), ("ab", "ab"), ("Ã", "©</w>")]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["abcd"], "what was learned first is joined first, b + c before a + b"),
+    (["aaab", "aaaab", "aaaaab"], "of equal pairs the leftmost is joined first"),
+    (["aaaaa", "aaaaaaab", "abd", "ad"], "a merge is applied at every place in the word"),
+    (["horse", "horses", "abababab"], "merging goes on with what was merged"),
+    (["abc", "abbc"], "one merge makes room for another, ab + c</w>"),
+    (["xababd", "xaxabab", "xabab"], "only whole symbols are joined: xa + b is not a + b"),
+    (["xbc", "abca", "bca"], "the last symbol ends with </w> and is another than without"),
+    (["a", "x", "Ã©", "©"], "</w> is a part of the last symbol"),
+    (["<|endoftext|>", "<|startoftext|>"], "start and end tokens are symbols of their own"),
+    (["".join(random.Random(99 * SEED + n).choices("abchorsex", k=n)) for n in range(1, 30)],
+     "words of many letters"),
+], ids=range(10))
+def test_exercise_01_words_become_the_symbols_that_were_learned(words, says):
+    tokenizers = [get("clip_text", "Tokenizer")(MERGES[:n]) for n in (5, len(MERGES))]
+    for word in words * 2:  # the first time must not change the second
+        for tokenizer in tokenizers:
+            case = f"{says}: {word!r}, {len(tokenizer.merges)} merges"
+            same(case, call(case, tokenizer._merge, word))
+
+
+@pytest.mark.parametrize("length", [8, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 6, 7, 8, 20])
+def test_exercise_02_a_caption_stands_between_start_and_end(monkeypatch, count, length):
+    monkeypatch.setattr("clip_text.Tokenizer._merge", lambda self, word: [*word])  # exercise 1
+    tokenizer = get("clip_text", "Tokenizer")([("a", "b"), ("c", "d")])
+    tokenizer.context_length = length  # as `MagicVideo.from_preset` does
+    letters = "abcdefghijklmnopqrstuvwxyz"[SEED:][:count]
+    caption = " ".join(letters[n : n + 2] for n in range(0, count, 2))
+    for texts in (caption, [caption], [caption, "xy"], ["z", caption, ""]):
+        says = f"{count} tokens in a context of {length}: {texts!r}"
+        tokens = call(says, tokenizer, texts)
+        same(says, tokens)
+        if tokens.dtype != torch.int64:
+            fail(f"{says}: ids are int64, not {tokens.dtype}")
+
+
+FORMS = {  # what t is -> the shapes of t and of z without channels, height and width
+    "t (b,)": ((2,), (2, 3)),
+    "t (b,) of as many clips as frames": ((3,), (3, 3)),
+    "t (b, f)": ((2, 3), (2, 3)),
+    "t (b, f) of as many clips as frames": ((3, 3), (3, 3)),
+    "t (b,) of one clip": ((1,), (1, 4)),
+    "t (b, f) of single frames": ((2, 1), (2, 1)),
+}
+DIFFUSIONS = {  # what is tested -> module, class, number of timesteps
+    "a network that predicts eps": ("diffusion", "Diffusion", 1000),
+    "a network that predicts v": ("tiny", "VPrediction", 1000),
+    "a schedule of 20 steps": ("diffusion", "Diffusion", 20),
+    "a schedule that ends without signal": ("tiny", "VDiffusion", 1000),
+}
+in_all_ways = pytest.mark.parametrize("name, form", [*itertools.product(DIFFUSIONS, FORMS)])
+
+
+def step(name: str, form: str, ends: bool, *latents: str) -> tuple:
+    """Make a Diffusion, t and t_prev (if it ends the last is -1), and latents (b, f, 2, 1, 3)."""
+    module, kind, total = DIFFUSIONS[name]
+    diffusion = get(module, kind)(get("diffusion", "DiffusionConfig")(num_steps=total))
+    generator = torch.Generator().manual_seed(1000 * SEED + 7)
+    t = torch.randint(total // 2, total - 1, FORMS[form][0], generator=generator)
+    t_prev = torch.randint(1, total // 2, FORMS[form][0], generator=generator)
+    if ends:
+        t.view(-1)[-1] = 1
+        t_prev.view(-1)[-1] = -1
+    tensors = {x: randn(*FORMS[form][1], 2, 1, 3, seed=i) for i, x in enumerate(latents)}
+    return diffusion, {"t": t, "t_prev": t_prev}, tensors
+
+
+@in_all_ways
+def test_exercise_03_noise_is_that_of_its_step(name, form):
+    diffusion, steps, latents = step(name, form, False, "z0", "eps")
+    last = torch.full_like(steps["t"], diffusion.num_steps - 1)
+    for t in (*steps.values(), last, 0 * last):
+        check(f"z_t, {name}, {form} = {t.tolist()}", diffusion.add_noise, **latents, t=t)
+
+
+@in_all_ways
+def test_exercise_08_ddim_takes_every_frame_from_its_step_to_its_own(name, form):
+    for ends, eta in ((False, 0.0), (True, 0.7)):
+        diffusion, steps, latents = step(name, form, ends, "z", "output", "noise")
+        check(f"DDIM, {name}, {form}, eta {eta}, {[x.tolist() for x in steps.values()]}",
+              lambda z, output, noise, t, t_prev: diffusion.ddim_step(
+                  z, output, t, t_prev, eta, noise), **latents, **steps)
+
+
+@in_all_ways
+def test_exercise_09_ddpm_draws_from_the_posterior_of_every_frame(name, form):
+    for ends in (False, True):
+        diffusion, steps, latents = step(name, form, ends, "z", "output", "noise")
+        check(f"DDPM, {name}, {form}, {[x.tolist() for x in steps.values()]}",
+              lambda z, output, noise, t, t_prev: diffusion.ddpm_step(
+                  z, output, t, t_prev, noise), **latents, **steps)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2, 5), (3, 3, 3, 3, 3), (2, 3, 6, 4), (3, 3, 3, 3)])
+def test_exercise_04_every_frame_has_its_own_scale_and_shift_for_each_channel(shape):
+    adaptor = get("unet3d", "FrameAdaptor")(3, shape[2 if len(shape) == 5 else 3])
+    axes = "(b, f, c, h, w)" if len(shape) == 5 else "tokens (b, f, n, c)"
+    check(f"each frame's own S and B for each channel, z {axes} = {shape}",
+          adaptor, z=randn(*shape))
+    found = call("z in bfloat16", adaptor, randn(*shape).bfloat16()).dtype
+    if found != torch.bfloat16:
+        fail(f"the result has z's type, bfloat16 under autocast, not {found}")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 4, 4), (2, 1, 4, 4), (2, 2, 4, 4, 4), (1, 2, 4, 4),
+                                   (2, 4, 4, 4, 4), (1, 4, 4, 4), (1, 6, 4, 4, 4), (2, 6, 4, 4)])
+def test_exercise_04_refuses_another_number_of_frames(shape):
+    adaptor = get("unet3d", "FrameAdaptor")(3, 4)
+    call(f"S and B are those of 3 frames, z {shape}: raise ValueError", adaptor,
+         torch.zeros(shape), refused_by=ValueError)
+
+
+MASKS = {"strict": "masked before the softmax, the rows sum to one",
+         "literal": "masked after the softmax, later keys stay in the denominator",
+         "bidirectional": "no mask, all frames are read"}
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (1, 1, 1, 4), (4, 4, 4, 4), (2, 1, 7, 2)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_exercise_05_each_mask_weighs_as_it_should(mask, shape):
+    attention = get("unet3d", "directed_attention")
+    q, k, v = (randn(*shape, seed=seed) for seed in range(3))
+    for factor, size, within in ((1, "", 1e-6), (300, "large ", 1e-3)):
+        check(f'"{mask}": {MASKS[mask]}; {size}q {shape}',
+              lambda q, k, v: attention(q, k, v, mask), within, q=q * factor, k=k, v=v)
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
+    """Stand in for exercise 5: no attention, but it depends on all that it is given."""
+    frames = v * torch.linspace(1, 2, v.shape[2]).to(v)[:, None]
+    return (1 + [*MASKS].index(mask)) * frames.flip(2) + q * k.cumsum(-1)
+
+
+@pytest.mark.parametrize("shape, heads, mask", [
+    ((2, 3, 4, 2, 5), 2, "strict"), ((1, 3, 6, 4, 1), 3, "literal"), ((3, 1, 4, 1, 2), 1, "strict"),
+    ((4, 4, 4, 4, 4), 2, "bidirectional"), ((2, 5, 4, 3, 2), 4, "literal")])
+def test_exercise_06_every_pixel_is_a_sequence_of_its_frames(monkeypatch, shape, heads, mask):
+    monkeypatch.setattr("unet3d.directed_attention", mix)
+    module = get("unet3d", "DirectedTemporalAttention")(shape[2], heads, mask)
+    check(f'T-Attn(LN(z)), z (b, f, c, h, w) = {shape}, {heads} heads, directed_attention with '
+          f'mask "{mask}"', module, z=randn(*shape))
+
+
+@pytest.mark.parametrize("width", [8, 2, 96])
+@pytest.mark.parametrize("x", [[0, 1, 3 + SEED, 30], [250, 996], [7.5 + SEED]], ids=range(3))
+def test_exercise_07_is_cosines_then_sines_of_falling_frequencies(x, width):
+    says = f"cosines, then sines, of {x}, width {width}"
+    check(says, lambda x: get("unet3d", "sinusoid")(x, width), 2e-4, torch.float32,
+          x=torch.tensor(x).double())
+    for dtype in (torch.bfloat16, torch.int64, torch.int32)[: 1 if 7.5 + SEED in x else 3]:
+        suffix = f", x in {dtype}"
+        found = call(says + suffix, get("unet3d", "sinusoid"), torch.tensor(x).to(dtype), width)
+        same(says, found, 2e-4, suffix)
+        if found.dtype != torch.float32:
+            fail(f"{says}{suffix}: the result is {found.dtype}, not torch.float32")
+
+
+def network(z, t, context, fps=None) -> Tensor:
+    """Stand in for the U-Net: depend on all that is given, and note the size of the batch."""
+    network.batches.append(len(z))
+    if t.device != z.device:
+        raise ValueError(f"t is on {t.device} and z on {z.device}")
+    context = (context.square().mean(2) * torch.arange(context.shape[1]).to(z)).sum(1)
+    fps = z.new_full((len(z),), -1) if fps is None else fps
+    context, fps, t = (x.to(z).view(*x.shape, *[1] * (5 - x.ndim)) for x in (context, fps, t))
+    return z * (1 + context + t / 1000) + fps * t
+
+
+@pytest.mark.parametrize("scale", [7.5, 1, 1.0, 0.0, -0.5])
+@pytest.mark.parametrize("fps", [None, torch.tensor([4.0, 8.0, 12.0])], ids=["no fps", "fps"])
+@pytest.mark.parametrize("form", FORMS)
+def test_exercise_10_goes_beyond_the_text_away_from_no_text(form, fps, scale):
+    diffusion, steps, latents = step("a network that predicts eps", form, False, "z")
+    b = len(steps["t"])
+    fps = None if fps is None else fps[:b]
+    says = f"guidance {scale}, {form}, {'no fps' if fps is None else 'with fps'}"
+
+    def guide(*inputs):
+        network.batches = []
+        found = diffusion.guided_output(network, *inputs, scale)
+        if network.batches != [b if scale == 1 else 2 * b]:
+            fail(f"{says}: the network gets batches of {network.batches}, for {b} clips")
+        return found
+    check(says, guide, **latents, t=steps["t"], context=randn(b, 5, 3, seed=3),
+          uncond=randn(b, 5, 3, seed=4), fps=fps)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.18215])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2, 5), (1, 1, 4, 3, 3)])
+def test_exercise_11_moves_noise_by_the_posterior_and_scales_both(shape, factor):
+    config = get("vae", "VAEConfig")(channels=(8, 8), groups=2, scaling_factor=factor)
+    with torch.device("meta"):
+        vae = get("vae", "VideoVAE")(config)
+    check(f"a sample of the posterior in the latents' scale {factor}, shape {shape}",
+          vae.sample_latents, mean=randn(*shape), logvar=3 * randn(*shape, seed=1),
+          eps=randn(*shape, seed=2))
+
+
+@pytest.mark.parametrize("total, rate, frames, fps", [
+    (60, 24.0, 8, None), (44, 24.0, 8, None), (15, 24.0, 8, None), (8, 24.0, 8, None),
+    (1, 8.0, 1, None), (9, 8.0, 1, None), (300, 29.97, 16, None), (40, 12.0, 5, None),
+    (60, 24.0, 8, 24.0), (60, 24.0, 8, 8), (60, 24.0, 8, 9.0), (60, 24.0, 8, 7.0),
+    (60, 24.0, 8, 100.0), (20, 24.0, 8, 2.0), (300, 24.0, 8, 2.5), (50, 10.0, 1, 5.0)])
+def test_exercise_12_frames_are_uniform_and_v_is_their_rate(total, rate, frames, fps):
+    rng = np.random.default_rng(SEED)
+    for n in range(12):
+        says = f"cut {n}, {frames} of {total} frames at {rate} a second, fps {fps}"
+        before = state_of([])
+        indices, v = call(says, get("data", "sample_frames"), total, rate, frames, rng, fps)
+        if state_of([]) != before:
+            fail(f"{says}: draw from rng, and from no other generator")
+        if not isinstance(indices, np.ndarray) or indices.dtype.kind != "i":
+            fail(f"{says}: the indices are no array of whole numbers")
+        stride = int(indices[1] - indices[0]) if frames > 1 else round(rate / v)
+        if not isinstance(v, float) or abs(v - rate / stride) > 1e-9:
+            fail(f"{says}: v of the frames that were cut is {rate / stride}, not {v!r}")
+        same(f"{says}: a stride that fits is drawn, then the start, by rng.integers; frames",
+             indices.tolist())
+
+
+@pytest.mark.parametrize("fps", [None, 8.0])
+@pytest.mark.parametrize("total, frames", [(7, 8), (0, 1), (1, 2)])
+def test_exercise_12_a_video_too_short_is_refused(total, frames, fps):
+    call(f"{frames} frames of a video of {total}, fps {fps}: raise InputError",
+         get("data", "sample_frames"), total, 24.0, frames, np.random.default_rng(0), fps,
+         refused_by=get("data", "InputError"))
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.5, 0.15])
+def test_exercise_13_every_average_warms_up_to_its_decay(decay):
+    weights = [nn.Parameter(randn(*shape, seed=9)) for shape in ((3,), (2, 3), (1,))]
+    ema = get("tiny", "EMA")(weights, decay)
+    averages = [*ema.shadow]
     for n in range(1, 31):
-        average.update()
-        left *= min(decay, (1 + n) / (10 + n))
-        same(average.shadow[0], torch.tensor([1 - left]),
-             f"decay {decay} is (1 + n) / (10 + n) at first, to forget the start: step {n}", 1e-6)
-    assert average.count == 30, f"30 steps were taken, counted are {average.count}"
-
-
-def test_exercise_13_moves_averages_in_place_and_weights_not_at_all():
-    weights = [nn.Parameter(randn(3, seed=seed)) for seed in range(2)]
-    average = EMA(weights, 0.9)
-    kept = list(average.shadow)
-    weights[1].data += 1
-    average.update()
-    for i in range(2):
-        assert average.shadow[i] is kept[i], "averages are moved in place"
-        assert not kept[i].requires_grad, "averages must not keep the graph of the step"
-        same(weights[i].detach(), randn(3, seed=i) + i, "weights stay what they are", 0)
-    same(kept[0], randn(3), "an average whose weight stands still stands still")
-    assert (kept[1] != randn(3, seed=1)).all(), "the average of a weight that moved did not move"
-
-
-# --------------------------------------------------------------------------------------------------
-# 14: the ST block
+        for i, p in enumerate(weights):
+            p.data += randn(*p.shape, seed=100 * n + i)
+        before = state_of(weights)
+        call(f"decay {decay}", ema.update)
+        if state_of(weights) != before:
+            fail(f"decay {decay}: the weights must stay what they are, and nothing is drawn")
+        for i, average in enumerate(averages):
+            if ema.shadow[i] is not average:
+                fail(f"average {i}: move it in place, it is another tensor after step {n}")
+            if average.requires_grad:
+                fail(f"average {i} keeps the graph of the step")
+            same(f"decay {decay}, average {i} of 3 after step {n}", average)
+        if ema.count != n:
+            fail(f"self.count is {ema.count} after {n} steps: it counts them")
 
 
 class Stub(nn.Module):
-    """Takes the place of a layer: a number times z, plus 100 for other arguments than expected."""
+    """Stand in for a layer: multiply z by a number that depends on all else that is given."""
 
-    def __init__(self, factor: float, *expected):
+    def __init__(self, factor: float):
         super().__init__()
         self.factor = factor
-        self.expected = expected
 
     def forward(self, z, *given):
-        assert len(given) == len(self.expected)
-        return self.factor * z + 100 * sum(a is not b for a, b in zip(given, self.expected))
+        tensors = [[x] if isinstance(x, Tensor) else x.parameters() if x else [] for x in given]
+        return z * (self.factor + 0.1 * sum(n * x.to(z).sum() for n, group in enumerate(tensors, 1)
+                                            for x in group))
 
 
-EMB = randn(1, 1, 16)
-CONTEXT = randn(1, 5, 6)
+@pytest.mark.parametrize("frames, video", [(3, True), (3, False), (0, False)])
+@pytest.mark.parametrize("i", [0, 1, 2])
+def test_exercise_14_space_and_time_read_the_same_tensor_and_are_added(i, frames, video):
+    config = get("unet3d", "UNetConfig")(channels=(4,), heads=2, groups=2, frames=frames)
+    level = get("unet3d", "Level")([4, 4, 4], 4, 2, config)
+    for n, p in enumerate(level.parameters()):
+        p.data = randn(*p.shape, seed=50 + n)
+    for name, first in (("resnets", 2), ("attentions", 5), ("temporal_attentions", 0.3)):
+        layers = getattr(level, name, [])
+        for n in range(len(layers)):
+            layers[n] = Stub(first + n)
+    check(f"layer {i} of 3, two with an ST block, {'with' if video else 'without'} video, the "
+          f"adaptors hold {frames} frames",
+          lambda z, emb, context: level.layer(i, z, emb, context, video),
+          z=randn(2, 3, 4, 2, 5), emb=randn(2, 1, 16, seed=1), context=randn(2, 5, 6, seed=2))
 
 
-def st_level(video: bool) -> Level:
-    """A level of three layers, two with an ST block, whose parts are stubs."""
-    level = Level([4, 4, 4], 4, 2, UNetConfig(channels=(4,), heads=2, groups=2, frames=3))
-    for i in range(3):
-        level.resnets[i] = Stub(2 + i, EMB, level.resnet_adaptors[i] if video else None)
-    for i in range(2):
-        level.attentions[i] = Stub(5 + i, CONTEXT, level.attention_adaptors[i] if video else None)
-        level.temporal_attentions[i] = Stub(0.1 + i)
-    return level
+@torch.no_grad()
+def test_exercise_15_all_together():
+    model = get("magicvideo", "MagicVideo").load(CHECKPOINT)
+    prompts = [["a red circle moving left"], ["a white square growing"]][SEED % 2]
+    context = model.encode_text(prompts)
+    uncond = model.encode_text([""])
+    shape = (1, model.config.unet.frames, 4, 8, 8)
+    for sampler, eta, guidance in (("ddim", 0.0, 2.0), ("ddim", 0.7, 2.0), ("ddpm", 0.0, 2.0),
+                                   ("ddim", 0.0, 1.0)):
+        z = model.diffusion.sample(model.unet, shape, context, uncond, torch.tensor([8.0]), sampler,
+                                   3, guidance, eta, torch.Generator().manual_seed(SEED))
+        same(f"three steps of {sampler}, eta {eta}, guidance {guidance}: every other latent",
+             z[..., ::2, ::2], 1e-3)
+    z = model.sample(prompts, fps=None, steps=3, seed=SEED, decode=False)
+    same("three steps of the image model", z, 1e-3)
 
-
-@pytest.mark.parametrize("i, video, factor, says", [
-    (0, True, 2 * (5 + 0.1), "z_out = S-Attn(z) + T-Attn(z), both of the resnet's z (§3.2.2)"),
-    (1, True, 3 * (6 + 1.1), "layer 1 has its own parts, z_out = S-Attn(z) + T-Attn(z)"),
-    (1, False, 3 * 6, "without video a layer is the resnet, then S-Attn(z)"),
-    (2, True, 4, "layers beyond the attentions are the resnet alone"),
-    (2, False, 4, "layers beyond the attentions are the resnet alone, without video too"),
-])
-def test_exercise_14_space_and_time_read_the_same_tensor_and_are_added(i, video, factor, says):
-    z, = latents(0)
-    same(st_level(video).layer(i, z, EMB, CONTEXT, video), factor * z,
-         f"{says} (100 more: the wrong emb, context or adaptor)")
+    clip = get("data", "ShapesDataset")()[SEED]
+    mean, logvar = model.vae.encode(clip["video"][None])
+    z0 = model.vae.sample_latents(mean, logvar, randn(*mean.shape).float())
+    loss = model.diffusion.loss(model.unet, z0, context, torch.tensor([clip["fps"]]),
+                                torch.tensor([500]), randn(*z0.shape, seed=1).float())
+    same("the loss of a clip that was cut and encoded", loss, 1e-3)
+    ema = get("tiny", "EMA")([*model.unet.parameters()], 0.9)
+    for p in ema.parameters:
+        p.mul_(1.1)
+    ema.update()
+    same("the averages after a step", sum(x.double().abs().sum() for x in ema.shadow), 1e-4)
