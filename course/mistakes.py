@@ -59,6 +59,7 @@ MISTAKES = [
     (6, "h and w swapped", "b, h, w, f, c", "b, w, h, f, c"),
     (6, "frames and pixels mixed", TOKENS, "self.norm(z.reshape(b * h * w, f, c))"),
     (6, "keys for values", "self.to_v(tokens)", "self.to_k(tokens)"),
+    (6, "no norm", "self.norm(z.permute(0, 3, 4, 1, 2))", "z.permute(0, 3, 4, 1, 2)"),
     (6, "h and w swapped twice", "0, 3, 4, 1, 2))", "0, 4, 3, 1, 2))", "0, 3, 4, 1, 2)\n",
      "0, 3, 4, 2, 1)\n"),
     (7, "the result has the type of x", "dim=-1)", "dim=-1).to(x.dtype)"),

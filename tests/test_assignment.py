@@ -67,7 +67,7 @@ def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, monkeypatch, flags
 
 def test_a_function_without_a_docstring_or_of_another_name_is_no_exercise(monkeypatch):
     for name, words in (("MLP.forward", "no docstring; write one"), ("MLP.x", "no MLP.x in it")):
-        monkeypatch.setitem(EXERCISES, 0, EXERCISES[0]._replace(name=name))
+        monkeypatch.setattr(assignment, "EXERCISES", [EXERCISES[0]._replace(name=name)])
         with pytest.raises(InputError, match=f"^clip_text.py: .*{words}"):
             assignment.build_copy([1])
 
