@@ -26,7 +26,7 @@ class MagicVideoConfig:
 
     preset: str = "paper"  # the training settings that suit the model, see train.py
     size: int = 256  # height and width of a frame, in pixels
-    guidance: float = 7.5  # defaults of sampling
+    guidance: float = 7.5  # defaults of sample.py
     steps: int = 50
     pretrained: bool = False  # from SD: text encoder and VAE encoder are never trained
     v_prediction: bool = False  # a model from SD whose network predicts v, see tiny.py
@@ -115,13 +115,13 @@ class MagicVideo(nn.Module):
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
     @torch.no_grad()
-    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int | None = None,
+    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50,
                guidance: float | None = None, sampler: str = "ddim", seed: int = 0,
                decode: bool = True) -> Tensor:
         """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
         Clip i has seed + i, and so is the same alone or in a batch. Without fps the image model
-        draws single frames. Steps and guidance are by default the model's own.
+        draws single frames. Guidance is by default the model's own.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -133,7 +133,6 @@ class MagicVideo(nn.Module):
         if fps is not None:
             fps = torch.full((len(prompts),), float(fps), device=self.device)
         guidance = self.config.guidance if guidance is None else guidance
-        steps = self.config.steps if steps is None else steps
         weight = self.unet.conv_in.weight
 
         def network(z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None) -> Tensor:

@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.interpolate and model.config.unet.frames < 2:
         raise InputError("--interpolate: this model makes single frames; use one of two or more")
 
-    latents = model.sample(flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler,
-                           flags.seed, decode=False)
+    latents = model.sample(flags.prompts, flags.fps, flags.steps or model.config.steps,
+                           flags.guidance, flags.sampler, flags.seed, decode=False)
     fps = flags.fps
     if flags.interpolate or flags.upscale:
         import cascade

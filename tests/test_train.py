@@ -411,7 +411,7 @@ def test_the_loss_that_trains_is_the_diffusions_own():
     errors, t = stage_loss(items, random, 4)
     _, again = train.read_batch(ShapesDataset("train", 4, 32), 4, 0, "video", train.Settings())
     again(lambda shape, generator: torch.randint(1, shape, generator=generator))
-    keep = again(torch.rand) >= 0.1
+    keep = again(torch.rand) >= train.Settings().text_dropout
     captions = [item["caption"] if kept else "" for item, kept in zip(items, keep)]
     assert torch.equal(again(lambda shape, generator: torch.randint(1000, shape,
                                                                     generator=generator)), t)
