@@ -9,11 +9,11 @@ next: how submissions are graded.
 import argparse
 import ast
 import re
-import sys
 from collections import namedtuple
 from pathlib import Path
 
 from data import InputError
+from runs import run_command
 
 ROOT = Path(__file__).parent.parent
 # what a copy has; all other tests, course/ and lab/ stay here: they hold solutions
@@ -126,8 +126,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"course.assignment: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command("course.assignment", main)

@@ -28,6 +28,7 @@ import torch
 
 from course.assignment import EXERCISES, ROOT, Exercise, build_copy, write_files
 from data import InputError
+from runs import run_command
 
 SECONDS = 12  # of processor time for a submission, more where this repository itself needs 8
 MEMORY = 6 * 2**30  # bytes of address space
@@ -237,8 +238,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"course.grade: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command("course.grade", main)

@@ -8,8 +8,9 @@ must not be caught.
 import sys
 from pathlib import Path
 
-from course.assignment import EXERCISES, build_copy, split
+from course.assignment import EXERCISES, build_copy, exercise_numbers, split
 from course.grade import run_graders
+from runs import run_command
 
 JOIN = "join_pair(symbols, min(pairs, key=self._rank.get))"
 FULL = "tokens = torch.full((len(texts), self.context_length), self.end)"
@@ -146,24 +147,19 @@ def first_words(number: int, *texts: str) -> str:
     return next((words for words in said.values() if words), "")
 
 
-def main() -> int:
-    """Grade the mistakes of the exercises named on the command line, or all; 1 if one is missed."""
-    known = [str(exercise.number) for exercise in EXERCISES]
-    numbers = sys.argv[1:] or known
-    for number in numbers:
-        if number not in known:
-            print(f"course.mistakes: {number} is no exercise; give numbers from 1 to "
-                  f"{len(EXERCISES)}", file=sys.stderr)
-            return 2
+def main() -> None:
+    """Grade the mistakes of the exercises named on the command line, or all; status 1 if missed."""
+    every = ",".join(str(exercise.number) for exercise in EXERCISES)
+    numbers = exercise_numbers(",".join(sys.argv[1:]) or every)
     caught = []
     for number, name, *texts in MISTAKES:
-        if str(number) in numbers:
+        if number in numbers:
             words = first_words(number, *texts)
             caught.append(bool(words))
             print(f"{number:2} {name}: {words or 'NOT CAUGHT'}")
     print(f"{sum(caught)} of {len(caught)} mistakes caught")
-    return int(not all(caught))
+    sys.exit(not all(caught))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("course.mistakes", main)
