@@ -176,12 +176,11 @@ def make_generator(seed: int, stage: str, *position: int) -> torch.Generator:
 
 
 def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str, s: Settings,
-               micro: int = 0) -> tuple[list[dict], Callable]:
-    """Read this process's shard of a batch, and make the function that draws its random numbers.
+               shard: slice = slice(None)) -> tuple[list[dict], Callable]:
+    """Read the shard of a batch, and make the function that draws its random numbers.
 
     random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4).
     """
-    shard = slice(rank() * s.accumulate + micro, size, world() * s.accumulate)
     items = []
     orders = {}
     for n in range(size)[shard]:  # every item once an epoch, each epoch shuffled anew
@@ -308,11 +307,11 @@ def build_network(model: MagicVideo, stage: str, s: Settings) -> nn.Module:
     return network
 
 
-def batch_size(stage: str, frames: int, clips: ClipDataset, s: Settings) -> int:
-    """Return how many items a step reads, of all processes, where it sees `frames` of each."""
-    if stage == "vae":
-        return max(1, s.vae_batch_size // frames)
-    return s.batch_size * (clips.frames if stage == "image" else 1)
+def batch_size(stage: str, frames: int, clips: ClipDataset, s: Settings) -> tuple[int, int]:
+    """Return the items of a step, of all processes, and its micro-batches (of stage vae fewer)."""
+    sizes = {"vae": max(1, s.vae_batch_size // frames), "image": s.batch_size * clips.frames}
+    size = sizes.get(stage, s.batch_size)
+    return size, math.gcd(size // world(), s.accumulate)
 
 
 def estimate_minutes(model: MagicVideo, clips: ClipDataset, stage: str, s: Settings) -> float:
@@ -321,7 +320,8 @@ def estimate_minutes(model: MagicVideo, clips: ClipDataset, stage: str, s: Setti
     if s.cache and stage not in ("vae", "upscale"):
         item["z0"] = model.encode(item.pop("video")[None])[0].cpu()
     frames = 1 if stage in ("vae", "image") else clips.frames
-    size = batch_size(stage, frames, clips, s) // (world() * s.accumulate)
+    size, accumulate = batch_size(stage, frames, clips, s)
+    size //= world() * accumulate
     stage_loss = StageLoss(model, build_network(model, stage, s), stage, s)
     for _ in range(3):  # the last counts
         started = time.time()
@@ -330,7 +330,7 @@ def estimate_minutes(model: MagicVideo, clips: ClipDataset, stage: str, s: Setti
         errors.mean().backward()
         errors.sum().item()  # waits for a GPU
         stage_loss.zero_grad()
-    return (time.time() - started) * s.accumulate * getattr(s, f"{stage}_steps") / 60
+    return (time.time() - started) * accumulate * getattr(s, f"{stage}_steps") / 60
 
 
 def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
@@ -357,13 +357,14 @@ def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, steps, s.warmup)
             clips_begin = optimizers[0].param_groups[1]["start"]
             frames = 1 if stage == "image" or step < clips_begin else clips.frames
-            size = batch_size(stage, frames, clips, s)
+            size, accumulate = batch_size(stage, frames, clips, s)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
-            for micro in range(s.accumulate):
-                items, random = read_batch(source, size, step, stage, s, micro)
+            for micro in range(accumulate):
+                shard = slice(rank() * accumulate + micro, size, world() * accumulate)
+                items, random = read_batch(source, size, step, stage, s, shard)
                 with torch.autocast(model.device.type, torch.bfloat16, use_bf16):
                     errors, t = compute_loss(items, random, frames)  # (b,)
-                    loss = errors.mean() / s.accumulate
+                    loss = errors.mean() / accumulate
                 loss.backward()
                 total[0] += loss.item() / world()
             norm = nn.utils.clip_grad_norm_(ema.parameters, 1.0)
@@ -494,8 +495,7 @@ def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step:
 # A run
 
 
-# at --resume: where files are, and how often something is written
-CAN_CHANGE = ("data", "held_out", "frame_store", "save_every", "sample_every")
+CAN_CHANGE = ("data", "held_out", "frame_store", "save_every", "sample_every")  # at --resume
 
 
 def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
@@ -628,8 +628,8 @@ def main(arguments: list[str], script: str | None = None) -> None:
     smallest = math.gcd(s.batch_size, max(1, s.vae_batch_size // frames))  # batches, in clips
     count = world()
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
-        count = flags.ranks or math.gcd(smallest // s.accumulate or 1, os.cpu_count())
-    if smallest % (count * s.accumulate):
+        count = flags.ranks or math.gcd(smallest, s.batch_size // s.accumulate or 1, os.cpu_count())
+    if smallest % count or s.batch_size % (count * s.accumulate):
         raise InputError(f"--batch-size {s.batch_size}, --vae-batch-size {s.vae_batch_size}: give "
                          f"multiples of {count} processes x {s.accumulate} micro-batches, clips of "
                          f"{frames} frames")

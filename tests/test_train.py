@@ -559,9 +559,9 @@ def run_ranks(out, count, *flags, kill_rank=None):
                           capture_output=True, text=True, timeout=300)
 
 
-def test_several_processes_train_as_one_does():
+def test_two_processes_of_two_micro_batches_train_as_one_of_one_does():
     for count in (1, 2):
-        done = run_ranks(f"ranks{count}", count)
+        done = run_ranks(f"ranks{count}", count, "--accumulate", str(count))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done in") == 1
     one, two = stored("ranks1"), stored("ranks2")
