@@ -487,15 +487,6 @@ def test_gradient_checkpointing_keeps_less_and_trains_the_same_weights(whole, mo
     assert equal(weights("kept"), weights("again"))
 
 
-def test_micro_batches_make_the_step_of_the_whole_batch():
-    for out, flags in (("one", []), ("two", ["--accumulate", "2"])):
-        train.main([*SHORT, "--out", out, "--muon-lr", "0", *flags])
-    one, two = weights("one"), weights("two")
-    assert all(close(one[key], two[key], 1e-4) for key in one)
-    assert [round(float(r["loss"]), 4) for r in rows("one")] == pytest.approx(
-        [round(float(r["loss"]), 4) for r in rows("two")], abs=2e-4)
-
-
 def test_every_item_comes_up_once_an_epoch_in_a_new_order():
     items = [{"n": n} for n in range(10)]
     seen = [item["n"] for step in range(6)
