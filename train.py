@@ -177,7 +177,7 @@ def make_generator(seed: int, stage: str, *position: int) -> torch.Generator:
 
 def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str, s: Settings,
                shard: slice = slice(None)) -> tuple[list[dict], Callable]:
-    """Read the shard of a batch, and make the function that draws its random numbers.
+    """Read a shard of a batch, and make the function that draws its random numbers.
 
     random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4).
     """

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parent.parent
 # what a copy has; all other tests, course/ and lab/ stay here: they hold solutions
 COPIED = ("*.py", "requirements.txt", "checkpoints/shapes.pt", "tests/test_exercises.py",
           "tests/test_exercises.json.gz")
-HEADING = re.compile(r"## (\d+)\. (.+)\n(?:`([\w.]+): ([\w.]+)`|no function of its own) · (.+) · "
+HEADING = re.compile(r"## (\d+)\. (.+)\n(?:`([\w.]+): ([\w.]+)`|no single function) · (.+) · "
                      r"(\d+) minutes · (\d+) points\n")
 
 
-# a section of exercises.md; the last exercise has no function of its own, its file is None
+# a section of exercises.md; the last exercise has no single function, its file is None
 Exercise = namedtuple("Exercise", "number title file name source points text")
 
 

@@ -1,6 +1,6 @@
 """Grade submissions: `python -m course.grade SUBMISSION...` (ours).
 
-Each exercise runs in a process of its own with limits of time and memory, in a fresh copy of this
+Each exercise runs in a separate process with limits of time and memory, in a fresh copy of this
 repository where only the exercise's file is the student's; the last exercise has all files. What
 ends early, or says nothing, has failed. This is no sandbox: against code that sets out to harm the
 machine use a container (docs/teaching.md).

@@ -40,7 +40,7 @@ MISTAKES = [
     (3, "float64 from float32", SIGNAL, "alpha_bar.sqrt()", NOISE, "(1 - alpha_bar).sqrt()"),
     (3, "the first frame's step", "bar(t)", "bar(t.view(len(t), -1)[:, 0])"),
     (3, "t of one axis alone", "bar(t)", "bar(t).view(-1, 1, 1, 1, 1)"),
-    (3, "noise of its own", "* eps", "* torch.randn_like(eps)"),
+    (3, "fresh noise", "* eps", "* torch.randn_like(eps)"),
     (3, "the gradient is cut", "* z0 +", "* z0.detach() +"),
     (3, "a schedule of 1000 steps", "self.alpha_bar(t)", "Diffusion().alpha_bar(t)"),
     (4, "the gradient is cut", "self.scale.view", "self.scale.data.view"),
