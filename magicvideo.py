@@ -12,9 +12,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
-from data import InputError, shape_captions
+from data import shape_captions
 from diffusion import Diffusion, DiffusionConfig
-from runs import load_checkpoint, save_checkpoint
+from runs import InputError, load_checkpoint, save_checkpoint
 from tiny import StaggeredDiffusion, VPrediction
 from unet3d import UNet3D, UNetConfig
 from vae import VAEConfig, VideoVAE

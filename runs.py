@@ -19,7 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from data import InputError
+
+class InputError(ValueError):
+    """A mistake of the user's: one line that names the file or flag and the remedy (ours)."""
+
 
 # --------------------------------------------------------------------------------------------------
 # Files

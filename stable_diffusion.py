@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from clip_text import CLIPTextConfig, Tokenizer
-from data import InputError
+from runs import InputError
 from diffusion import DiffusionConfig
 from magicvideo import MagicVideo, MagicVideoConfig
 from unet3d import UNetConfig

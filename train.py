@@ -38,11 +38,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cascade
-from data import ClipDataset, InputError, open_data
+from clip_files import film_strip, write_clip
+from data import ClipDataset, open_data
 from magicvideo import PRESETS, MagicVideo
-from runs import (claim_folder, join_ranks, load_checkpoint, pick_device, plot_losses, run_command,
+from runs import (InputError, claim_folder, join_ranks, load_checkpoint, pick_device, plot_losses, run_command,
                   save_checkpoint, start_ranks, stop_signals)
-from sample import film_strip, write_clip
 from stable_diffusion import is_video_parameter
 from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
 from unet3d import Level
