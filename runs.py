@@ -136,8 +136,26 @@ def run_command(name: str, main: Callable) -> None:
         sys.exit(130)
 
 
+def is_run(folder: Path) -> bool:
+    """Tell the folder of a run, by the first line of our log or a checkpoint, from any other."""
+    try:
+        with open(folder / "log.csv", encoding="utf-8", errors="replace") as log:
+            if log.readline(100).startswith("stage,step,loss"):
+                return True
+    except OSError:
+        pass
+    return (folder / "checkpoint.pt").is_file()
+
+
 # --------------------------------------------------------------------------------------------------
 # Processes
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def pick_device(name: str | None) -> torch.device:
