@@ -61,8 +61,8 @@ def read_clip(path: str | Path, size: int | None = None,
     black. Raises InputError for what cannot be read.
     """
     path = Path(path)
-    decode = decode_images if path.is_dir() else decode_animation
-    if path.suffix.lower() in VIDEOS and not path.is_dir():
+    decode = decode_images if os.path.isdir(path) else decode_animation
+    if path.suffix.lower() in VIDEOS and not os.path.isdir(path):
         decode = decode_video
     check_packages(path, decode is decode_video)
     pictures = []
@@ -157,14 +157,17 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
         if not container.streams.video:
             raise EOFError("no pictures in it")
         stream = container.streams.video[0]
-        check_size(stream.width, stream.height)
         decoder = stream.codec_context
-        if stream.metadata.get("alpha_mode") == "1":  # which av's own decoders do not read
-            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name]
-            decoder = av.CodecContext.create(name, "r")
+        if decoder is None:
+            raise ValueError("av cannot decode its pictures")
+        check_size(decoder.width, decoder.height)
+        library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
+        if library and stream.metadata.get("alpha_mode") == "1":  # only the libraries read alpha
+            decoder = av.CodecContext.create(library, "r")
         decoder.options = limit
         decoder.thread_type = "AUTO"
-        shown = 1 / (stream.average_rate or stream.guessed_rate)  # where time stamps are missing
+        # where time stamps are missing
+        shown = 1 / (stream.average_rate or stream.guessed_rate or Fraction(FOLDER_FPS))
         aspect = float(stream.sample_aspect_ratio or 1)
         last = None
         end = 0

@@ -210,7 +210,7 @@ class ClipFolder(ClipDataset):
         self.captions = [captions[i] for i in good]
         self.clips = [decoded[i] for i in good]
 
-        folders = sum(found[i].is_dir() for i in good)
+        folders = sum(os.path.isdir(found[i]) for i in good)
         self.notes = [f"{path}: {len(good)} clips ({folders} folders of pictures), decoded once to "
                       f"{place} ({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files "
                       f"passed over"]

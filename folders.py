@@ -45,7 +45,7 @@ def find_clips(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     linked twice are passed over. A subfolder that may not be read counts as a clip: its reading
     says why. Raises InputError where there is no clip.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"--data {folder}: no such folder; name one that holds clips")
     clips = []
     others = []
@@ -121,7 +121,7 @@ def read_captions(folder: Path, clips: list[Path],
     several captions has its first. Returns the captions, the files that were not read, and notes.
     Raises InputError for a row that cannot be right, or that names a file outside the folder.
     """
-    stems = {clip: clip if clip.is_dir() else clip.with_suffix("") for clip in clips}
+    stems = {clip: clip if os.path.isdir(clip) else clip.with_suffix("") for clip in clips}
     by_name = {}
     for clip in clips:
         for name in {loose_name(clip), loose_name(stems[clip])}:
@@ -263,7 +263,8 @@ def decode_once(folder: Path, clips: list[Path], size: int, store: str | Path | 
             # the mapping outlives the name of its file
             return fill_store(Path(temporary) / "frames", folder, clips, size, max_frames)
     except OSError as error:
-        raise InputError(f"--frame-store {store}: the frames of {folder} cannot be written "
+        place = store or tempfile.gettempdir()
+        raise InputError(f"--frame-store {place}: the frames of {folder} cannot be written "
                          f"({error.strerror or error}); make room or choose another") from error
 
 
@@ -332,7 +333,7 @@ class FrameStore:
         self.frame_bytes = size * size * 3
         self.clips = {}
         self.end = 0  # of the last clip, in frames
-        with suppress(OSError, ValueError, KeyError):  # there is no index, or it is damaged
+        with suppress(OSError, ValueError, KeyError, TypeError):  # there is no index, or it is damaged
             index = json.loads(self.index.read_text())
             clips = {key: Decoded(*values) for key, values in index["clips"].items()}
             pixels = place.with_name(index["pixels"])
@@ -372,10 +373,11 @@ def clip_key(clip: Path, folder: Path) -> str:
     """Name a clip by the names, sizes, times of change and first 4 KiB of its files."""
     states = []
     with suppress(OSError):  # reading the clip will say what is wrong
-        for file in numbered_images(clip) if clip.is_dir() else [clip]:
+        for file in numbered_images(clip) if os.path.isdir(clip) else [clip]:
             with open(file, "rb") as opened:
                 state = os.stat(opened.fileno())
-                states.append((file.name, state.st_size, state.st_mtime_ns, opened.read(4096)))
+                head = hashlib.sha256(opened.read(4096)).hexdigest()
+            states.append((file.name, state.st_size, state.st_mtime_ns, head))
     return hash_of(clip.relative_to(folder).as_posix(), states)
 
 

@@ -119,13 +119,13 @@ def test_a_link_to_the_script_finds_the_shipped_model(tmp_path):
 def test_a_prompt_that_is_too_long_is_said_to_be_cut(model, capsys):
     sample.main(["a red circle " * 9, "a red circle", "--checkpoint", model, "--steps", "1"])
     said = capsys.readouterr().out
-    assert said.count("too long") == 1 and 'of it is read: "a red circle a red circle"' in said
+    assert said.count("too long") == 1 and 'only this part is used: "a red circle a red circle"' in said
 
 
 def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     small_model().save("plain.pt")
-    for flags, words in (("--out a.mp4", "a.mp4: pip install av"),
+    for flags, words in (("--out a.mp4", "a.mp4: .*pip install 'av>=14'"),
                          ("--device abacus", "abacus.*cpu"),
                          ("--checkpoint none.pt", "none.pt: no such file.*train.py"),
                          ("--checkpoint plain.pt --interpolate", "train.py --stage interpolate"),
@@ -135,68 +135,3 @@ def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
 
 
-VIDEO = clip_of_bytes()
-
-
-def to_bytes(video):
-    return ((video + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
-@pytest.mark.parametrize("fps", [4, 12.5, 24])
-def test_a_clip_is_read_back_as_it_was_written_equal_neighbours_too(tmp_path, suffix, fps):
-    for frames in (-VIDEO, VIDEO[:1]):  # a clip takes the place of an older one
-        write_clip(tmp_path / f"clip{suffix}", frames, fps)
-    assert np.array_equal(read_clip(tmp_path / f"clip{suffix}")[0], to_bytes(VIDEO[:1]))
-    write_clip(tmp_path / f"clip{suffix}", VIDEO, fps)
-    pictures, rate = read_clip(tmp_path / f"clip{suffix}")
-    assert np.array_equal(pictures, to_bytes(VIDEO))
-    assert abs(8 / rate - 8 / fps) <= (0.0051 if suffix == ".gif" else 0.00051)
-    assert [path.name for path in tmp_path.iterdir()] == [f"clip{suffix}"]
-
-
-@pytest.mark.parametrize("h, w", [(64, 64), (63, 47)])
-def test_an_mp4_is_read_back_nearly_and_grows_to_even_sizes(tmp_path, h, w):
-    pytest.importorskip("av", reason="writing .mp4 needs av")
-    video = ShapesDataset()[0]["video"][..., :h, :w]
-    path = tmp_path / "10:30:15" / "clip.mp4"  # a file, no protocol
-    write_clip(path, video, fps=8)
-    pictures, rate = read_clip(path)
-    assert pictures.shape == (8, h + h % 2, w + w % 2, 3) and rate == 8
-    assert np.abs(pictures[:, :h, :w].astype(int) - to_bytes(video)).mean() < 4
-
-
-def test_the_plain_background_of_a_gif_of_many_colors_stays_plain_and_still(tmp_path):
-    clips = grid(torch.stack([ShapesDataset()[i]["video"] for i in range(0, 120, 14)]))
-    write_clip(tmp_path / "grid.gif", clips, 8)
-    pictures = read_clip(tmp_path / "grid.gif")[0].astype(int)
-    truth = to_bytes(clips)
-    background = (truth == truth[0, 0, 0]).all(-1)
-    assert len(np.unique(pictures[background], axis=0)) == 1
-    assert np.abs(pictures - truth)[background].max() <= 2 and np.abs(pictures - truth).mean() < 2
-
-
-def test_writing_fails_whole_and_says_why(tmp_path, monkeypatch):
-    def fill_disk(self, path, **options):
-        Path(path).write_text("half")
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "old.gif").write_text("old")
-    monkeypatch.setattr(Image.Image, "save", fill_disk)
-    for path, words in (("old.gif", "old.gif.*No space left.*choose another"),
-                        ("old.gif/a.gif", "old.gif/a.gif.*choose another")):
-        with pytest.raises(InputError, match=words):
-            write_clip(tmp_path / path, VIDEO, 8)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-
-
-def test_a_grid_shows_every_clip_and_a_strip_every_frame():
-    videos = torch.rand(5, 4, 3, 8, 10)
-    tiled = grid(videos)
-    assert tiled.shape == (4, 3, 2 * 8 + 2, 3 * 10 + 4)
-    assert torch.equal(tiled[..., :8, 12:22], videos[1])
-    assert torch.equal(tiled[..., 10:, 12:22], videos[4])
-    assert (tiled[..., 8:10, :] == 1).all() and (tiled[..., 10:, 24:] == 1).all()
-    picture = film_strip(videos)
-    assert picture.shape == (3, 5 * 8 + 8, 4 * 10 + 6)
-    assert torch.equal(picture[:, 20:28, 36:46], videos[2, 3])
