@@ -186,12 +186,14 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
                 last = frame
         if last is not None:
             yield to_upright(last, aspect), shown
-        # pictures and sound must go on until the end that the file names, if it names one
+        # pictures and sound must go on until the end that the file states, if it states one
         length = Fraction(container.duration or 0, av.time_base)
+        if container.format.name == "avi":  # for which av takes the size of the file
+            length = stream.frames / stream.average_rate
         missing = Fraction(container.start_time or 0, av.time_base) + length - end
         if missing > max(2 * shown, length / 30):
             raise EOFError(f"cut off {float(missing):.1f} s before its end")
-        if container.format.name == "asf" and not length:  # of WMV; av says that its size is wrong
+        if container.format.name == "asf" and not length:  # of WMV: its size is not the stated one
             raise EOFError("cut off")
 
 
@@ -254,7 +256,7 @@ def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
             write_mp4(part, pixels, Fraction(fps).limit_denominator(1001))
         else:
             images = [Image.fromarray(frame) for frame in pixels]
-            options = {"blend": 0, "disposal": 1}  # of PNG: keeps equal neighbours
+            options = {}
             if suffix == ".gif":
                 tall = Image.fromarray(pixels.reshape(f * h, w, 3))
                 tall = tall.quantize(256, dither=Image.Dither.NONE)

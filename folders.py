@@ -333,7 +333,8 @@ class FrameStore:
         self.frame_bytes = size * size * 3
         self.clips = {}
         self.end = 0  # of the last clip, in frames
-        with suppress(OSError, ValueError, KeyError, TypeError):  # there is no index, or it is damaged
+        # there is no index, or it is damaged
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             index = json.loads(self.index.read_text())
             clips = {key: Decoded(*values) for key, values in index["clips"].items()}
             pixels = place.with_name(index["pixels"])

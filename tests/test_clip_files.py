@@ -62,7 +62,7 @@ def write_video(path, times, shape=(16, 16), codec="mpeg4", pix_fmt="yuv420p", s
             picture = np.full((*shape, 4), 50 * k % 200, np.uint8)
             picture[..., 3] = 0
             picture[: shape[0] // 4] = 255
-            if pix_fmt == "yuv420p":
+            if "a" not in pix_fmt:
                 frame = av.VideoFrame.from_ndarray(picture[..., :3].copy(), format="rgb24")
             else:
                 frame = av.VideoFrame.from_ndarray(picture, format="rgba")
@@ -167,7 +167,7 @@ def test_animations_are_read_as_browsers_show_them(tmp_path):
 
 
 @pytest.mark.parametrize("name, codec", [
-    ("a.webm", "libvpx"), ("a.mkv", "mpeg4"), ("a.avi", "mpeg4"), ("a.flv", "flv1"),
+    ("a.webm", "libvpx"), ("a.mkv", "mpeg4"), ("a.avi", "mpeg4"), ("a.flv", "flv"),
     ("a.wmv", "wmv2"), ("a.mov", "mpeg4"), ("front.mp4", "mpeg4"), ("sound.mkv", "mpeg4"),
 ])
 def test_a_video_that_is_cut_off_is_refused_and_a_whole_one_is_not(tmp_path, name, codec):
@@ -180,7 +180,7 @@ def test_a_video_that_is_cut_off_is_refused_and_a_whole_one_is_not(tmp_path, nam
     assert len(read_clip(path)[0]) == 96
     assert len(read_clip(path, max_frames=10)[0]) == 10
     content = path.read_bytes()
-    for part in (2 / 3, 0.9):
+    for part in (0.2, 0.3) if name == "a.avi" else (2 / 3, 0.9):  # more than half is an index
         path.write_bytes(content[: int(len(content) * part)])
         with pytest.raises(InputError, match=f"{name}: cannot be read .*; replace or remove it"):
             read_clip(path)
@@ -254,13 +254,13 @@ def test_the_number_of_pixels_is_checked_before_any_is_decoded(tmp_path, monkeyp
             read_clip(path, 16)
     with pytest.raises(InputError) as error:  # one column less is decoded
         read_clip(png_of_zeros(tmp_path / "b.png", side, side // 2, 2), 16)
-    assert "pixels" not in str(error.value)
+    assert " x " not in str(error.value)
 
 
 @pytest.mark.parametrize("codec, pix_fmt", [("png", "rgb24"), ("mpeg4", "yuv420p")])
 def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
         tmp_path, monkeypatch, codec, pix_fmt):
-    path = write_video(tmp_path / "a.mov", range(0, 80, 40), (64, 64), codec)
+    path = write_video(tmp_path / "a.mov", range(0, 80, 40), (64, 64), codec, pix_fmt)
     assert read_clip(path)[0].shape[1:] == (64, 64, 3)
     monkeypatch.setattr(clip_files, "MAX_PIXELS", 64 * 64 - 1)
     monkeypatch.setattr(clip_files, "to_rgb", lambda *_: pytest.fail("decoded first"))
@@ -418,7 +418,7 @@ def test_what_cannot_be_written_is_found_before_and_nothing_is_left(tmp_path, mo
                  f"{'a' * 252}.gif"):
         with pytest.raises(InputError, match=f"{name[-9:]}: cannot be written .*choose another"):
             check_writable(tmp_path / name)
-        if name != "pipe.gif":
+        if name not in ("pipe.gif", "round.gif"):
             with pytest.raises(InputError, match=f"{name[-9:]}: cannot be written"):
                 write_clip(tmp_path / name, VIDEO, 8)
     check_writable(tmp_path / "new" / "deep" / "a.gif")

@@ -1,6 +1,8 @@
 """The shapes keep their promises in pixels; a folder of clips is cut, captioned and split."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 import data
+import lab.animations
 from clip_files import read_clip
 from data import (COLORS, MOTIONS, SHAPES, ClipFolder, ShapesDataset, open_data, sample_frames,
                   shape_captions)
@@ -236,3 +239,20 @@ def test_folders_that_are_none_and_clips_that_are_too_short_are_refused(tmp_path
     refused(tmp_path, "--max-frames 4: a clip has 8", max_frames=4)
     with pytest.raises(InputError, match="7 frames of 8: .*--frames"):
         sample_frames(7, 24, 8, np.random.default_rng(0))
+
+
+def test_the_folder_of_animations_is_made_once_and_never_of_nothing(tmp_path, monkeypatch, capsys):
+    emoji = SimpleNamespace(EMOJI_DATA={"\u2600": {"en": ":sun:"}})
+    monkeypatch.setitem(sys.modules, "emoji", emoji)
+    made = [str(tmp_path / "source"), str(tmp_path / "clips")]
+    with pytest.raises(InputError, match="source: no animations"):
+        lab.animations.main(made)
+    moving = torch.linspace(-1, 1, 2).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    folder_of(tmp_path / "source", moving, "2600.webp")
+    lab.animations.main(made)
+    before = sorted((tmp_path / "clips").iterdir())
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in ("clips", "link"):
+        with pytest.raises(InputError, match=f"{out}: is there already; remove it, or name"):
+            lab.animations.main([made[0], str(tmp_path / out)])
+    assert sorted((tmp_path / "clips").iterdir()) == before and len(before) == 3

@@ -163,7 +163,7 @@ def test_clips_that_sort_alike_have_one_order(tmp_path, video):
         folder_of(folder, video[:2], *names)
         names.reverse()
         orders.append([clip.name for clip in find_clips(folder)[0]])
-    assert orders[0] == orders[1] == ["a001.gif", "a01.gif", "a1.gif", "a1b.gif", "a1b2.gif"]
+    assert orders[0] == orders[1] == ["a001.gif", "a01.gif", "a1.gif", "a1b2.gif", "a1b.gif"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,6 +198,7 @@ def test_captions_that_are_not_read_are_spoken_of_and_foreign_encodings_refused(
     assert "prompts.txt: not used for captions; they " in ClipFolder(tmp_path, 2, 16).notes[1]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.gif", "text": "\\ud800 \u732b"}')
     assert ClipFolder(tmp_path, 2, 16).captions == ["? \u732b"]
+    (tmp_path / "metadata.jsonl").unlink()
     for text, encoding in (("un caf\xe9 noir", "cp1252"), ("\u7ea2\u8272", "gbk")):
         (tmp_path / "a.txt").write_text(text, encoding)
         refused(tmp_path, "a.txt: its encoding is not UTF-8", "save it as UTF-8")
@@ -246,7 +247,7 @@ def test_rows_are_read_as_people_and_their_tools_write_them(tmp_path, video):
     assert "3 captions are not used: of several the first is the clip's" in clips.notes
     for name, text in (("a", ""), ("sub/b", "beside it")):  # a table's caption goes before
         (tmp_path / "clips" / f"{name}.txt").write_text("beside it")
-    assert ClipFolder(tmp_path / "clips", 2, 16).captions[1:3] == ["beside it", rows[3]["text"]]
+    assert ClipFolder(tmp_path / "clips", 2, 16).captions[1:3] == ["beside it", "one of several"]
 
 
 def test_equal_captions_of_a_clip_and_exact_names_are_not_spoken_of(tmp_path, video):
@@ -387,33 +388,40 @@ def test_a_store_that_is_not_whole_is_made_anew(tmp_path, video, decoded):
 def test_clips_that_change_again_and_again_do_not_fill_the_disk(tmp_path, video, decoded):
     clips = folder_of(tmp_path, video, "clips/a.gif", "clips/b.gif") / "clips"
     for k in range(12):
-        write_clip(clips / "b.gif", video * k / 12, 8)
+        write_clip(clips / "b.gif", video * (k + 1) / 12, 8)
         ClipFolder(clips, 4, 16, store=tmp_path / "store")
         [pixels] = (tmp_path / "store").glob("*.u8")
         assert pixels.stat().st_size <= 5 * 16 * 16 * 16 * 3
     assert decoded.count("b.gif") == 12 and decoded.count("a.gif") <= 3
 
 
-def test_a_killed_decoding_goes_on_where_it_was_and_leaves_nothing(tmp_path, video):
+def test_a_killed_decoding_goes_on_where_it_was_and_leaves_nothing(tmp_path, video, decoded):
     clips = folder_of(tmp_path, video, *(f"clips/{k}.gif" for k in range(9))) / "clips"
+    store = tmp_path / "store"
     program = f"""
 import os, signal, folders
 from data import ClipFolder
-folders.SAVE_SECONDS = -1
-folders.usable_cores = lambda: 1
-read_clip = folders.read_clip
-def read_and_die(clip, *how):
-    if clip.name == "6.gif":
-        while os.path.getsize(next(os.scandir({str(tmp_path / 'store')!r})).path) < 0:
-            pass
+add = folders.FrameStore.add
+def add_and_die(self, key, frames, rate):
+    add(self, key, frames, rate)
+    if len(self.clips) == {{dies_at}}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return read_clip(clip, *how)
-folders.read_clip = read_and_die
-ClipFolder({str(clips)!r}, 4, 16, store={str(tmp_path / 'store')!r})
+folders.FrameStore.add = add_and_die
+folders.SAVE_SECONDS = {{seconds}}
+ClipFolder({str(clips)!r}, 4, 16, store={str(store)!r})
 """
     root = Path(folders.__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    for seconds, dies_at, known in ((600, 3, 0), (-1, 3, 2), (-1, 6, 5)):
+        killed = subprocess.run(
+            [sys.executable, "-c", program.format(seconds=seconds, dies_at=dies_at)], cwd=root)
+        assert killed.returncode == -9
+        indices = [json.loads(file.read_text()) for file in store.glob("*.index")]
+        assert sum(len(index["clips"]) for index in indices) == known
+    whole = ClipFolder(clips, 4, 16, store=store)
+    assert len(decoded) == 4 and len([*store.iterdir()]) == 3
+    for frames, name in zip(frames_of(whole), whole.names):
+        assert np.array_equal(frames, read_clip(clips / name, 16)[0])
+    assert whole.pixels.shape[0] == 72 and next(store.glob("*.u8")).stat().st_size == 72 * 768
 
 
 def test_of_several_processes_one_decodes_and_the_others_wait_and_say_so(
@@ -478,7 +486,7 @@ def test_a_disk_that_is_too_small_is_one_line_and_what_was_decoded_stays(
         tmp_path, video, decoded, monkeypatch):
     clips = folder_of(tmp_path, video, "clips/a.gif") / "clips"
     store = tmp_path / "store"
-    ClipFolder(clips, 4, 16, store=store)
+    ClipFolder(clips, 4, 32, store=store)
     write_clip(clips / "b.gif", video, 8)
     add = folders.FrameStore.add
 
@@ -491,9 +499,9 @@ def test_a_disk_that_is_too_small_is_one_line_and_what_was_decoded_stays(
     refused(clips, f"--frame-store {store}", "cannot be written (No space left on device); make room",
             store=store)
     [pixels] = store.glob("*.u8")
-    assert pixels.stat().st_size == 8 * 32 * 32 * 3 if False else pixels.stat().st_size == 8 * 768
+    assert pixels.stat().st_size == 8 * 32 * 32 * 3
     monkeypatch.setattr(folders.FrameStore, "add", add)
-    ClipFolder(clips, 4, 16, store=store)
+    ClipFolder(clips, 4, 32, store=store)
     assert decoded == ["a.gif", "b.gif", "b.gif"]
     (tmp_path / "file").touch()
     refused(clips, f"--frame-store {tmp_path / 'file'}: ", "cannot be", store=tmp_path / "file")

@@ -6,18 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import cascade
 import sample
-from conftest import clip_of_bytes, shaken, small_model
-from data import ShapesDataset
-from runs import InputError
+from clip_files import read_clip
+from conftest import shaken, small_model
 from magicvideo import MagicVideo
-from clip_files import film_strip, grid, read_clip, write_clip
+from runs import InputError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +86,56 @@ def test_without_checkpoint_the_newest_run_is_taken_and_without_runs_the_way_is_
     assert "model: runs/newest/model.pt" in capsys.readouterr().out
 
 
+def test_models_of_others_under_runs_are_passed_over_and_named(model, capsys, monkeypatch):
+    for age, (name, content) in enumerate([("foreign", b"not ours"), ("ours", None), ("old", None)]):
+        path = Path("runs") / name / "model.pt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content or Path(model).read_bytes())
+        os.utime(path, (1e9 - age, 1e9 - age))
+    torch.save({"weights": torch.zeros(3)}, "runs/foreign.pt")
+    for name, content in (("state", "runs/foreign.pt"), ("gone", None), ("folder", None)):
+        (Path("runs") / name).mkdir()
+        if content:
+            Path(content).rename(Path("runs") / name / "model.pt")
+    (Path("runs") / "gone" / "model.pt").symlink_to("nowhere")
+    (Path("runs") / "folder" / "model.pt").mkdir()
+    sample.main(["a red circle", "--steps", "1"])
+    said = capsys.readouterr().out
+    assert "model: runs/ours/model.pt" in said and said.count("passed over: ") == 2
+    assert "passed over: runs/foreign/model.pt: " in said and "runs/state/model.pt: " in said
+    for name in ("ours", "old"):
+        (Path("runs") / name / "model.pt").unlink()
+    monkeypatch.setattr(sample, "SHIPPED", Path(model))
+    sample.main(["a red circle", "--steps", "1"])
+    assert f"model: {model}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="runs/foreign/model.pt"):  # asked for by name
+        sample.main(["a red circle", "--checkpoint", "runs/foreign/model.pt"])
+
+
+def test_the_steps_and_guidance_are_the_models_own_unless_given(model, monkeypatch):
+    given = []
+
+    def sampled(self, prompts, fps, steps, guidance, *rest, **more):
+        given.append((prompts, fps, steps, guidance, *rest, more))
+        return torch.zeros(1, 4, 4, 2, 2)
+
+    monkeypatch.setattr(MagicVideo, "sample", sampled)
+    sample.main(["a", "--checkpoint", model])
+    sample.main(["b", "--checkpoint", model, "--steps", "7", "--guidance", "0", "--fps", "9",
+                 "--seed", "3", "--sampler", "ddpm"])
+    assert given == [(["a"], 8, None, None, "ddim", 0, {"decode": False}),
+                     (["b"], 9, 7, 0, "ddpm", 3, {"decode": False})]
+
+
+def test_where_nothing_can_be_written_is_known_before_and_a_link_is_followed(model):
+    Path("file").touch()
+    Path("link.gif").symlink_to("missing.gif")
+    with pytest.raises(InputError, match="--out file/deep/a.gif: cannot be written"):
+        sample.main(["a", "--out", "file/deep/a.gif", "--checkpoint", "none.pt"])
+    sample.main(["a", "--checkpoint", model, "--steps", "1", "--out", "link.gif"])
+    assert Path("link.gif").is_symlink() and len(read_clip("missing.gif")[0]) == 4
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--steps 0", "--steps 0.*1 to 1000"), ("--steps 1001", "--steps 1001.*1 to 1000"),
     ("--fps 0", "--fps 0"), ("--fps nan", "--fps nan"), ("--fps 51", "--fps 51.*50.*gif"),
@@ -119,6 +167,8 @@ def test_a_link_to_the_script_finds_the_shipped_model(tmp_path):
 def test_a_prompt_that_is_too_long_is_said_to_be_cut(model, capsys):
     sample.main(["a red circle " * 9, "a red circle", "--checkpoint", model, "--steps", "1"])
     said = capsys.readouterr().out
+    sample.main(["x" * 15_000, "--checkpoint", model, "--steps", "1"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 300
     assert said.count("too long") == 1 and 'only this part is used: "a red circle a red circle"' in said
 
 
@@ -133,5 +183,3 @@ def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_p
         with pytest.raises(InputError, match=words):
             sample.main(["a red circle", "--checkpoint", model, *flags.split()])
     assert [path.name for path in tmp_path.iterdir()] == ["plain.pt"]
-
-
