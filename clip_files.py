@@ -1,7 +1,7 @@
 """Reads and writes pictures, animations and videos (ours).
 
-A clip is an animation, a video, or a folder of numbered pictures. Frames are uint8 (n, h, w, 3) when
-they are read, and float (f, 3, h, w) in [-1, 1] when they are written.
+A clip is an animation, a video, or a folder of numbered pictures. Frames that are read are uint8
+(n, h, w, 3), frames that are written float (f, 3, h, w) in [-1, 1].
 """
 
 import itertools
@@ -29,7 +29,7 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
 FOLDER_FPS = 8  # of a folder of pictures, which names no rate: the default of sampling
 MAX_RATE = 120  # frames that lie closer together are a glitch
-MAX_PIXELS = 2**25  # of a frame, as many as 8K video has; a file of a few bytes can claim any number
+MAX_PIXELS = 2**25  # of a frame, as of 8K video: a file of a few bytes can claim any number
 MAX_FRAMES = 1000  # of a clip; the rest of a longer one is not used
 
 
@@ -75,19 +75,28 @@ def read_clip(path: str | Path, size: int | None = None,
             seconds.append(shown)
         if not pictures:
             raise EOFError("no frames in it")
-        # a frame lasts as long as the shortest pictures do: 120 and 130 ms in a GIF are one frame
-        # each, 8 a second, a merged pair two; one picture in twenty may be a glitch
-        shortest = max(sorted(seconds)[len(seconds) // 20], Fraction(1, MAX_RATE))
-        single = [shown for shown in seconds if shortest <= shown < shortest * 3 / 2] or [shortest]
-        rate = len(single) / sum(single)
-        ends = [round(end * rate) for end in itertools.accumulate(seconds)]
+        ends, rate = frame_ends(seconds)
         counts = np.diff([min(end, max_frames) for end in ends], prepend=0)
-        return np.repeat(np.stack(pictures), counts, axis=0), float(ends[-1] / sum(seconds))
+        return np.repeat(np.stack(pictures), counts, axis=0), rate
     except (AttributeError, NameError, TypeError):  # a mistake in a program, no damage
         raise
     except Exception as error:  # decoders have many for a damaged file
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); replace or remove "
                          f"it") from error
+
+
+def frame_ends(seconds: list[Fraction]) -> tuple[list[int], float]:
+    """Find the frame at which every picture ends that is shown so many seconds, and the frame rate.
+
+    A frame lasts as long as the shortest pictures. Of a GIF with delays of 120, 130 and 250 ms the
+    first two pictures are one frame each, at 8 a second, and the third is two.
+    """
+    shortest = sorted(seconds)[len(seconds) // 20]  # one picture in twenty may be a glitch
+    shortest = max(shortest, Fraction(1, MAX_RATE))
+    short = [shown for shown in seconds if shortest <= shown < shortest * 3 / 2] or [shortest]
+    rate = len(short) / sum(short)
+    ends = [round(end * rate) for end in itertools.accumulate(seconds)]
+    return ends, float(ends[-1] / sum(seconds))
 
 
 def reason_of(error: Exception) -> str:
@@ -107,7 +116,7 @@ def check_size(width: int, height: int) -> None:
 def numbered_images(folder: Path) -> list[Path]:
     """List the pictures whose names hold a number, in natural order."""
     return sorted((file for file in folder.iterdir() if file.suffix.lower() in IMAGES
-                   and re.search(r"\d", file.stem) and not file.name.startswith(".")), key=natural_key)
+                   and re.search(r"\d", file.stem) and file.name[0] != "."), key=natural_key)
 
 
 def natural_key(path: Path) -> tuple[list, str]:

@@ -252,7 +252,9 @@ class ClipFolder(ClipDataset):
         for the clips held out, which a note says.
         """
         every = range(len(self))
-        held_out = {*(every[9::10] or every[-1:] if len(self) > 2 else ())}
+        held_out = {*every[9::10]}
+        if 2 < len(self) < 10:
+            held_out = {len(self) - 1}
         if held_out_file:
             known = {loose_name(name): name for name in self.all_names}
             known |= {name: name for name in self.all_names}
