@@ -4,6 +4,7 @@ A clip is an animation, a video, or a folder of numbered pictures. Frames that a
 (n, h, w, 3), frames that are written float (f, 3, h, w) in [-1, 1].
 """
 
+import importlib
 import itertools
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import secrets
 import stat
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -33,19 +35,16 @@ MAX_PIXELS = 2**25  # of a frame, as of 8K video: a file of a few bytes can clai
 MAX_FRAMES = 1000  # of a clip; the rest of a longer one is not used
 
 
-def check_packages(wanted_by: str | Path, needs_av: bool) -> None:
-    """Raise InputError where Pillow, or av for videos, is missing or too old."""
-    if not hasattr(Image, "Resampling"):
-        raise InputError(f"{wanted_by}: Pillow {PIL.__version__} is too old; "
-                         f"pip install 'pillow>=9.1'")
-    if needs_av:
-        try:
-            import av
-        except ImportError as error:
-            raise InputError(f"{wanted_by}: a video needs a package; pip install 'av>=14' "
-                             f"({error})") from error
-        if not hasattr(av.VideoFrame, "rotation"):
-            raise InputError(f"{wanted_by}: av {av.__version__} is too old; pip install 'av>=14'")
+def check_package(package: str, wanted_by: str | Path) -> None:
+    """Raise InputError where pillow, or av for videos, is missing or too old."""
+    name, least = {"pillow": ("PIL", (9, 1)), "av": ("av", (14, 1))}[package]
+    remedy = f"pip install '{package}>={least[0]}.{least[1]}'"
+    try:
+        version = importlib.import_module(name).__version__
+    except ImportError as error:
+        raise InputError(f"{wanted_by}: needs a package; {remedy} ({error})") from error
+    if tuple(int(number) for number in version.split(".")[:2]) < least:
+        raise InputError(f"{wanted_by}: {package} {version} is too old; {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,10 +60,11 @@ def read_clip(path: str | Path, size: int | None = None,
     black. Raises InputError for what cannot be read.
     """
     path = Path(path)
+    check_package("pillow", path)
     decode = decode_images if os.path.isdir(path) else decode_animation
     if path.suffix.lower() in VIDEOS and not os.path.isdir(path):
+        check_package("av", path)
         decode = decode_video
-    check_packages(path, decode is decode_video)
     pictures = []
     seconds = []
     try:
@@ -78,9 +78,9 @@ def read_clip(path: str | Path, size: int | None = None,
         ends, rate = frame_ends(seconds)
         counts = np.diff([min(end, max_frames) for end in ends], prepend=0)
         return np.repeat(np.stack(pictures), counts, axis=0), rate
-    except (AttributeError, NameError, TypeError):  # a mistake in a program, no damage
-        raise
     except Exception as error:  # decoders have many for a damaged file
+        if is_mistake(error):
+            raise
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); replace or remove "
                          f"it") from error
 
@@ -97,6 +97,13 @@ def frame_ends(seconds: list[Fraction]) -> tuple[list[int], float]:
     rate = len(short) / sum(short)
     ends = [round(end * rate) for end in itertools.accumulate(seconds)]
     return ends, float(ends[-1] / sum(seconds))
+
+
+def is_mistake(error: Exception) -> bool:
+    """Tell a mistake of a program from what Pillow, of any version, says to a damaged file."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    is_of_pillow = Path(PIL.__file__).parent in Path(place).parents
+    return isinstance(error, (AttributeError, NameError, TypeError)) and not is_of_pillow
 
 
 def reason_of(error: Exception) -> str:
@@ -132,7 +139,9 @@ def decode_images(folder: Path) -> Iterator[tuple[Image.Image, Fraction]]:
             with Image.open(file) as image:
                 check_size(*image.size)
                 picture = to_rgb(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:
+            if is_mistake(error):
+                raise
             raise ValueError(f"{file.name}: {reason_of(error)}") from error
         yield picture, Fraction(1, FOLDER_FPS)
 
@@ -233,7 +242,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def check_writable(path: str | Path) -> None:
     """Raise InputError, before any work, if a clip cannot be written there."""
-    check_packages(f"--out {path}", Path(path).suffix.lower() == ".mp4")
+    check_package("pillow", f"--out {path}")
+    if Path(path).suffix.lower() == ".mp4":
+        check_package("av", f"--out {path}")
     target = Path(os.path.realpath(path))
     try:
         with suppress(FileNotFoundError):

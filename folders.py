@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clip_files import (ANIMATIONS, VIDEOS, check_packages, natural_key, numbered_images,
+from clip_files import (ANIMATIONS, VIDEOS, check_package, natural_key, numbered_images,
                         read_clip)
 from runs import InputError, is_run, usable_cores
 
@@ -251,7 +251,9 @@ def decode_once(folder: Path, clips: list[Path], size: int, store: str | Path | 
     `store` is a folder, None for a temporary one. One process decodes, the others wait. Where there
     are no locks (Windows, some networks) every process decodes to a temporary store of its own.
     """
-    check_packages(folder, any(clip.suffix.lower() in VIDEOS for clip in clips))
+    check_package("pillow", folder)
+    if any(clip.suffix.lower() in VIDEOS for clip in clips):
+        check_package("av", folder)
     try:
         if store is not None:
             name = hash_of(STORE_FORMAT, os.path.realpath(folder), size, max_frames)

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
-from PIL import Image
+from PIL import GifImagePlugin, Image
 
 import clip_files
 from clip_files import check_writable, film_strip, grid, read_clip, write_clip
@@ -293,22 +294,39 @@ def test_a_mistake_in_a_program_is_no_damage_of_a_file(tmp_path, monkeypatch, vi
 
 def test_packages_that_are_missing_or_too_old_are_named_with_the_version_needed(
         tmp_path, monkeypatch, video):
-    old = SimpleNamespace(VideoFrame=object, __version__="13.1.0")  # no VideoFrame.rotation
     (tmp_path / "a.mp4").write_bytes(b"any")
     folder_of(tmp_path, video, "b.gif")
-    for make_old, words in (
-            (lambda: monkeypatch.setitem(sys.modules, "av", old), "too old; pip install 'av>=14'"),
-            (lambda: monkeypatch.setitem(sys.modules, "av", None), "pip install 'av>=14'"),
-            (lambda: monkeypatch.delattr(Image, "Resampling"), "old; pip install 'pillow>=9.1'")):
-        make_old()
+    old_av = SimpleNamespace(__version__="14.0.1")  # has no VideoFrame.rotation
+    for module, is_old, words in (("av", True, "av 14.0.1 is too old; pip install 'av>=14.1'"),
+                                  ("av", False, "needs a package; pip install 'av>=14.1'")):
+        monkeypatch.setitem(sys.modules, module, old_av if is_old else None)
         refused(tmp_path, words)
         for use in (read_clip, check_writable):
-            with pytest.raises(InputError) as error:
-                use(tmp_path / "a.mp4")
-            assert words in str(error.value) and "a.mp4: " in str(error.value)
-    for use in (read_clip, check_writable):
-        with pytest.raises(InputError, match="b.gif: Pillow .* is too old"):
             use(tmp_path / "b.gif")
+            with pytest.raises(InputError, match=f"a.mp4: {words}"):
+                use(tmp_path / "a.mp4")
+    for version in ("9.0.1", "8.4.0"):  # have no Image.Resampling
+        monkeypatch.setattr(PIL, "__version__", version)
+        words = f"pillow {version} is too old; pip install 'pillow>=9.1'"
+        refused(tmp_path, words)
+        for use in (read_clip, check_writable):
+            with pytest.raises(InputError, match=f"b.gif: {words}"):
+                use(tmp_path / "b.gif")
+    monkeypatch.setattr(PIL, "__version__", "9.1.0.dev0")
+    read_clip(tmp_path / "b.gif")
+    for path, line in ((Path("requirements.txt"), "pillow>=9.1\n"),
+                       (Path("requirements-extra.txt"), "av>=14.1 ")):
+        assert line in (Path(clip_files.__file__).parent / path).read_text()
+
+
+def test_what_pillow_says_in_whatever_form_is_damage(tmp_path, monkeypatch, video):
+    folder_of(tmp_path, video, "a.gif")
+    # Pillow 9.3 says so of a GIF that is cut off
+    program = compile("def seek(image, k):\n    None[k]", str(Path(PIL.__file__).parent / "x.py"),
+                      "exec")
+    exec(program, made := {})
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "seek", made["seek"])
+    refused(tmp_path, "a.gif: cannot be read ('NoneType' object is not subscriptable)")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited as on Linux")
