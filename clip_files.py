@@ -116,7 +116,7 @@ def reason_of(error: Exception) -> str:
 
 def check_size(width: int, height: int) -> None:
     """Raise ValueError, before a picture is decoded, if it has more than MAX_PIXELS."""
-    if not 0 < width * height <= MAX_PIXELS:  # av calls a size that is too large 0
+    if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, where 1 to {MAX_PIXELS} can be read")
 
 
@@ -170,8 +170,7 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
     """Decode a video with the seconds that each picture is shown."""
     import av
 
-    limit = {"max_pixels": str(MAX_PIXELS)}  # av decodes a first frame of some as it opens them
-    with av.open(f"file:{path}", options=limit) as container:  # 10:30.mp4 would be a protocol
+    with av.open(f"file:{path}") as container:  # 10:30.mp4 alone would be a protocol
         if not container.streams.video:
             raise EOFError("no pictures in it")
         stream = container.streams.video[0]
@@ -182,7 +181,7 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
         library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
         if library and stream.metadata.get("alpha_mode") == "1":  # only the libraries read alpha
             decoder = av.CodecContext.create(library, "r")
-        decoder.options = limit
+        decoder.options = {"max_pixels": str(MAX_PIXELS)}  # the size can change on the way
         decoder.thread_type = "AUTO"
         # where time stamps are missing
         shown = 1 / (stream.average_rate or stream.guessed_rate or Fraction(FOLDER_FPS))

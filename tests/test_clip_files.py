@@ -322,7 +322,7 @@ def test_packages_that_are_missing_or_too_old_are_named_with_the_version_needed(
 def test_what_pillow_says_in_whatever_form_is_damage(tmp_path, monkeypatch, video):
     folder_of(tmp_path, video, "a.gif")
     # Pillow 9.3 says so of a GIF that is cut off
-    program = compile("def seek(image, k):\n    None[k]", str(Path(PIL.__file__).parent / "x.py"),
+    program = compile("def seek(image, k):\n    nothing = None\n    nothing[k]", str(Path(PIL.__file__).parent / "x.py"),
                       "exec")
     exec(program, made := {})
     monkeypatch.setattr(GifImagePlugin.GifImageFile, "seek", made["seek"])
