@@ -137,14 +137,12 @@ def run_command(name: str, main: Callable) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Tell the folder of a run, by the first line of our log or a checkpoint, from any other."""
+    """Tell whether a folder holds a run: its log.csv begins with the columns of ours."""
     try:
-        with open(folder / "log.csv", encoding="utf-8", errors="replace") as log:
-            if log.readline(100).startswith("stage,step,loss"):
-                return True
+        with open(folder / "log.csv", "rb") as file:
+            return file.readline().startswith(b"stage,step,loss")
     except OSError:
-        pass
-    return (folder / "checkpoint.pt").is_file()
+        return False
 
 
 # --------------------------------------------------------------------------------------------------
