@@ -36,6 +36,23 @@ def test_a_picture_becomes_as_many_frames_as_its_time_holds_the_shortest(tmp_pat
     assert rate == pytest.approx(7 / 0.87)
 
 
+def test_one_picture_in_twenty_may_be_a_glitch_and_two_may_not():
+    ms = Fraction(1, 1000)
+    for count, glitches, rate in ((20, 1, 25), (40, 2, 25), (20, 3, 100)):
+        seconds = [10 * ms] * glitches + [40 * ms] * (count - glitches)
+        assert clip_files.frame_ends(seconds)[1] == pytest.approx(rate, rel=0.02)
+    assert clip_files.frame_ends([120 * ms, 130 * ms, 250 * ms, 180 * ms]) == ([1, 2, 4, 5], 5 / 0.68)
+    assert clip_files.frame_ends([1 * ms] * 40) == ([
+        round(k * 120 / 1000) for k in range(1, 41)], 5 / 0.04)
+
+
+@pytest.mark.parametrize("delay, rate", [(0, 10), (10, 10), (20, 50), (11, 1000 / 11)])
+def test_delays_of_up_to_10_ms_are_100_ms(tmp_path, delay, rate):
+    first, *rest = (Image.new("RGB", (16, 16), (50 * k, 0, 0)) for k in range(4))
+    first.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=delay)
+    assert read_clip(tmp_path / "a.png")[1] == pytest.approx(rate)
+
+
 def test_delays_of_zero_are_100_ms_and_alpha_lies_on_black(tmp_path):
     clear = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
     red = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
@@ -291,6 +308,38 @@ def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(
                        **{"x264-params": "sar=2/1"})
     with pytest.raises(InputError, match="128 x 64 pixels"):
         read_clip(path)
+
+
+def test_a_video_or_a_gif_that_grows_is_refused_before_the_large_picture_is_decoded(
+        tmp_path, monkeypatch, video):
+    av = pytest.importorskip("av", reason="reading video files needs av")
+    parts = []
+    for side in (64, 128):
+        with av.open(str(tmp_path / "a.mpg"), "w", format="mpeg2video") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.height, stream.width, stream.pix_fmt = side, side, "yuv420p"
+            for k in range(8):
+                frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), "rgb24")
+                frame.pts, frame.time_base = k, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        parts.append((tmp_path / "a.mpg").read_bytes())
+    (tmp_path / "a.mpg").write_bytes(b"".join(parts))
+    content = bytearray((folder_of(tmp_path, video, "b.gif") / "b.gif").read_bytes())
+    second = content.index(b"\x2c", content.index(b"\x2c\0\0\0\0") + 1)
+    second = content.index(b"\x2c\0\0\0\0", second) if content[second + 1] else second
+    content[second + 5 : second + 9] = 2 * (6000).to_bytes(2, "little")
+    (tmp_path / "b.gif").write_bytes(content)
+    with pytest.raises(InputError, match="6000 x 6000 pixels"):
+        read_clip(tmp_path / "b.gif")
+    sides = []
+    upright = clip_files.to_upright
+    monkeypatch.setattr(clip_files, "to_upright", lambda frame, aspect: sides.append(frame.width)
+                        or upright(frame, aspect))
+    monkeypatch.setattr(clip_files, "MAX_PIXELS", 64 * 128)
+    with pytest.raises(InputError, match="a.mpg: cannot be read"):
+        read_clip(tmp_path / "a.mpg")
+    assert {*sides} == {64}
 
 
 @pytest.mark.parametrize("error", [AttributeError, TypeError, NameError])

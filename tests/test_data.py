@@ -202,6 +202,13 @@ def test_every_tenth_clip_of_a_folder_is_held_out_and_a_subset_keeps_its_caption
         len(split.captions) for split in open_data("shapes", 2, 8)]
 
 
+def test_clips_of_which_the_rest_is_not_used_are_counted(tmp_path, video):
+    folder_of(folder_of(tmp_path, video, "a.gif", "b.gif"), video[:3], "short.gif")
+    assert len(ClipFolder(tmp_path, 2, 16).notes) == 1
+    notes = ClipFolder(tmp_path, 2, 16, max_frames=4).notes
+    assert notes[1:] == ["of 2 clips the first 4 frames are used; --max-frames changes that"]
+
+
 @pytest.mark.parametrize("count, held_out", [(1, [0]), (2, [0, 1]), (3, [2]), (9, [8]), (10, [9]),
                                              (20, [9, 19])])
 def test_one_or_two_clips_are_all_trained_on_which_a_note_says(tmp_path, video, count, held_out):

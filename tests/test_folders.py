@@ -227,10 +227,12 @@ def test_captions_that_cannot_be_right_are_refused(tmp_path, video, name, conten
 
 
 def test_rows_are_read_as_people_and_their_tools_write_them(tmp_path, video):
-    folder_of(tmp_path / "clips", video, "a.gif", "Caf\u00e9.gif", "sub/B.GIF", "d.gif", "e.gif")
+    folder_of(tmp_path / "clips", video, "a.gif", "Caf\u00e9.gif", "sub/B.GIF", "d.gif", "e.gif",
+              "stra\u00dfe.gif")
     rows = [{"file_name": "a.gif", "text": None},
             {"file_name": "cafe\u0301.gif", "text": "another form of the accent, another case"},
             {"file_name": "sub\\b.gif", "text": "of Windows"},
+            {"file_name": "STRASSE.gif", "text": "of a system in capitals"},
             {"file_name": "d.gif", "text": ["one of several", "another", "a third"]},
             {"file_name": "D.gif ", "text": "a row more"},
             {"file_name": "e.gif", "text": float("nan")}]
@@ -239,7 +241,8 @@ def test_rows_are_read_as_people_and_their_tools_write_them(tmp_path, video):
     clips = ClipFolder(tmp_path / "clips", 2, 16)
     assert dict(zip(clips.names, clips.captions)) == {
         "a.gif": "", "Caf\u00e9.gif": rows[1]["text"], "sub/B.GIF": "of Windows",
-        "d.gif": "one of several", "e.gif": "from a table more"}
+        "d.gif": "one of several", "e.gif": "from a table more",
+        "stra\u00dfe.gif": "of a system in capitals"}
     assert "3 captions are not used: of several the first is the clip's" in clips.notes
     for name, text in (("a", ""), ("sub/b", "beside it")):  # a table's caption goes before
         (tmp_path / "clips" / f"{name}.txt").write_text("beside it")
@@ -255,6 +258,17 @@ def test_equal_captions_of_a_clip_and_exact_names_are_not_spoken_of(tmp_path, vi
     assert (clips.names, clips.captions, len(clips.notes)) == (["A.gif", "a.gif"], ["y", "x"], 1)
     (tmp_path / "captions.csv").write_text("file_name,text\nA.GIF,x\n")
     refused(tmp_path, "captions.csv: line 2: 'A.GIF' may be A.gif or a.gif; write the whole name")
+
+
+def test_of_several_tables_the_first_in_order_counts(tmp_path, video, monkeypatch):
+    folder_of(tmp_path, video, "a.gif")
+    for name in ("captions.csv", "metadata.csv", "prompts.csv"):
+        (tmp_path / name).write_text(f"file_name,text\na.gif,of {name}\n")
+    iterdir = Path.iterdir
+    for reverse in (False, True):  # as file systems list them
+        monkeypatch.setattr(Path, "iterdir", lambda folder, reverse=reverse: iter(
+            sorted(iterdir(folder), reverse=reverse)))
+        assert ClipFolder(tmp_path, 2, 16).captions == ["of captions.csv"]
 
 
 def test_a_row_that_names_a_file_outside_the_folder_is_refused(tmp_path, video):
