@@ -161,6 +161,17 @@ def test_a_folder_reads_every_kind_of_clip_with_the_caption_of_every_convention(
     assert drawn == {*((1, start) for start in range(5)), (2, 0), (2, 1)}  # all that there are
 
 
+def test_every_item_is_of_its_own_clip_also_after_a_split(tmp_path):
+    for k in range(12):
+        video = torch.full((4, 3, 8, 8), k / 8 - 1)
+        video[::2, :, 0] = 1  # frames of one picture would be written as a still
+        folder_of(tmp_path, video, f"{k:02}.png")
+        (tmp_path / f"{k:02}.txt").write_text(str(k))
+    for part in (ClipFolder(tmp_path, 2, 8), *ClipFolder(tmp_path, 2, 8).split()):
+        for item in part:
+            assert (item["video"][:, :, 4] - int(item["caption"]) / 8 + 1).abs().max() < 0.01
+
+
 def test_clips_of_other_sizes_are_cut_to_their_center_and_resized(tmp_path):
     left, middle, right = (torch.full((8, 3, 40, 40), value) for value in (-1.0, 0.2, 1.0))
     wide = torch.cat([left, middle, right], dim=3)

@@ -362,6 +362,17 @@ def test_a_store_is_of_one_folder_size_length_and_format_and_knows_clips_by_cont
         next(folder.iterdir()), settings["size"], settings["max_frames"])[0])
 
 
+def test_names_that_are_no_text_are_names(tmp_path, video, decoded):
+    folder_of(tmp_path, video, "clips/a.gif")
+    try:
+        os.rename(tmp_path / "clips" / "a.gif", os.fsencode(tmp_path / "clips") + b"/\xff.gif")
+    except OSError:
+        pytest.skip("names are text here")
+    for _ in range(2):
+        assert len(ClipFolder(tmp_path / "clips", 4, 32, store=tmp_path / "store")) == 1
+    assert len(decoded) == 1
+
+
 def test_a_linked_folder_has_the_store_of_the_folder(tmp_path, video, decoded):
     clips = folder_of(tmp_path, video, "clips/a.gif") / "clips"
     (tmp_path / "link").symlink_to(clips)
