@@ -41,7 +41,7 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="prompt i takes seed + i (0)")
     parser.add_argument("--interpolate", action="store_true", help="f frames become 4 f - 3")
     parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     flags = parser.parse_args(arguments)
     suffix = Path(flags.out).suffix.lower()
     if suffix not in MAX_FPS:
