@@ -147,7 +147,7 @@ class UpscaleUNet(UNet3D):
     def forward(self, z: Tensor, t: Tensor, context: Tensor, level: Tensor) -> Tensor:
         """z (b, f, 6, h, w), t and level (b,), context (b, l, d) -> v_hat (b, f, 3, h, w)."""
         emb = self.time_embedding(t) + self.level_embedding(level)  # (b, 4c)
-        return self.layers(z, emb[:, None], context, video=False)
+        return self.run_levels(z, emb[:, None], context, video=False)
 
 
 class Upscaler(nn.Module):

@@ -15,7 +15,7 @@ from clip_text import CLIPTextConfig, Tokenizer
 from data import InputError
 from diffusion import DiffusionConfig
 from magicvideo import MagicVideo, MagicVideoConfig
-from unet3d import UNetConfig
+from unet3d import UNetConfig, is_video_parameter
 from vae import VAEConfig
 
 PARTS = ("text_encoder", "vae", "unet")  # folders there, attributes here
@@ -34,11 +34,6 @@ FIXED = {
 # names of the VAE's attention in files written before May 2023
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
              ".proj_attn.": ".to_out.0."}
-
-
-def is_video_parameter(name: str) -> bool:
-    """Tell whether a parameter is MagicVideo's own, one that Stable Diffusion does not have."""
-    return any(part in name for part in ("adaptor", "temporal", "fps_embedding"))
 
 
 def load_stable_diffusion(folder: Path, frames: int) -> MagicVideo:
