@@ -17,6 +17,7 @@ FULL = "tokens = torch.full((len(texts), self.context_length), self.end)"
 SIGNAL = "cast(alpha_bar.sqrt(), z0)"
 NOISE = "cast((1 - alpha_bar).sqrt(), z0)"
 TOKENS = "self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)"
+FUSED = "return F.scaled_dot_product_attention(q, k, v"
 DRAW = "int(rng.integers(min(longest, 6))) + 1"
 SUM = "s_attn + self.temporal_attentions[i](z)"
 
@@ -49,7 +50,8 @@ MISTAKES = [
     (4, "tokens as if they were pictures", "(frames, 1, -1)", "(frames, -1, 1)"),
     (4, "the weights' type", ".to(z.dtype)", ""),
     (4, "no shift for tokens", "+ shift", "+ shift * (z.ndim == 5)"),
-    (5, "mask after the softmax", 'if mask == "literal"', 'if mask != "bidirectional"'),
+    (5, "mask after the softmax", 'if mask == "strict"', 'if mask == "none"',
+     'if mask == "literal"', 'if mask != "bidirectional"'),
     (5, "the softmax overflows", "scores.softmax(-1)",
      "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
     (5, "softmax over the queries", "scores.softmax(-1)", "scores.softmax(-2)"),
@@ -119,9 +121,9 @@ ANOTHER_WAY = [
     (1, "all merges in the order learned", "pairs = [pair for pair in zip(symbols, symbols[1:]) if "
      "pair in self._rank]", "pairs = []", "return symbols", "for pair in self.merges: symbols = "
      "join_pair(symbols, pair)\n                return symbols"),
-    (5, "by hand", "return torch.cat", "s = (q @ k.mT) * q.shape[-1] ** -0.5\n    if causal:\n     "
-     "   s = s + torch.full_like(s, -torch.inf).triu(1)\n    return s.softmax(-1) @ v\n    return "
-     "torch.cat"),
+    (5, "by hand", f"{FUSED}, is_causal=True)", "s = (q @ k.mT) * q.shape[-1] ** -0.5\n        "
+     "return (s + torch.full_like(s, -torch.inf).triu(1)).softmax(-1) @ v", f"{FUSED})",
+     "return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v"),
     (7, "by powers", "torch.exp(-math.log(10000) * exponents)", "10000.0 ** -exponents"),
     (10, "the sum weighted", "uncond_output + guidance * (cond_output - uncond_output)",
      "(1 - guidance) * uncond_output + guidance * cond_output"),

@@ -3,18 +3,19 @@
 Tests that compare with diffusers skip with a reason where it is not installed.
 """
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import unet3d
 from conftest import changed, close, image_started, randn, shaken
-from stable_diffusion import is_video_parameter
-from unet3d import (MASKS, DirectedTemporalAttention, FrameAdaptor, SpatialTransformer,
-                    TransformerBlock, UNet3D, UNetConfig, directed_attention)
+from unet3d import (MASKS, DirectedTemporalAttention, Downsample, FrameAdaptor, ResnetBlock,
+                    SpatialTransformer, TransformerBlock, UNet3D, UNetConfig, Upsample,
+                    directed_attention, is_video_parameter)
 
 FRAMES = 5
 TINY = dict(channels=(8, 16), attention=(True, False), layers=1, heads=2, groups=4,
@@ -209,21 +210,9 @@ def test_literal_rows_sum_to_less_than_one_the_last_to_one_and_renormalised_are_
         assert not a.triu(1).any() and (a + torch.ones_like(a).triu(1) > 0).all()
 
 
-@pytest.mark.parametrize("mask", ["strict", "bidirectional"])
-def test_more_sequences_than_a_fused_kernel_takes_are_split_without_a_difference(
-        qkv, mask, monkeypatch):
-    assert unet3d.MAX_BATCH == 65_535
-    whole = directed_attention(*qkv, mask)
-    fused = F.scaled_dot_product_attention
-    sizes = []
-
-    def counted(q, *rest, **options):
-        sizes.append(len(q))
-        return fused(q, *rest, **options)
-
-    monkeypatch.setattr(unet3d, "MAX_BATCH", 2)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    assert close(directed_attention(*qkv, mask), whole, 1e-12) and sizes == [2, 1]
+def test_an_unknown_mask_is_refused_with_the_names_of_those_that_exist():
+    with pytest.raises(ValueError, match='"casual" is unknown: use strict, literal, bidirectional'):
+        DirectedTemporalAttention(6, heads=2, mask="casual")
 
 
 @pytest.mark.parametrize("frame", range(FRAMES))
@@ -278,3 +267,31 @@ def test_at_full_size_16_places_are_temporal_68_adapted_and_the_image_parts_are_
     temporal = [m for m in full_size.modules() if isinstance(m, DirectedTemporalAttention)]
     assert len(adaptors) == 52 + 16 and {len(m.scale) for m in adaptors} == {16}
     assert len(temporal) == 16
+
+
+def test_the_table_of_sizes_above_the_network_is_what_its_full_size_runs_through():
+    with torch.device("meta"):  # no memory behind it, and nothing is computed
+        network = UNet3D(UNetConfig())
+        z = torch.zeros(1, 16, 4, 256 // 8, 256 // 8)
+        inputs = (z, torch.zeros(1), torch.zeros(1, 77, 768), torch.zeros(1))
+    calls = {}  # layers -> what ran there: (module, shape that it read, shape that it wrote)
+    for name, module in network.named_modules():
+        kinds = (ResnetBlock, DirectedTemporalAttention, Downsample, Upsample)
+        if isinstance(module, kinds) or name in ("conv_in", "conv_out"):
+            layers = re.match(r"(?:down|up)_blocks\.\d|\w+", name)[0]  # with an index, or without
+            layers = re.sub(r"\.(\d)", r"[\1]", layers)
+            module.register_forward_hook(lambda module, read, out, layers=layers: calls.setdefault(
+                layers, []).append((module, read[0].shape, out.shape)))
+    network(*inputs)
+    rows = []
+    for layers, ran in calls.items():
+        reads = [read for module, read, _ in ran if isinstance(module, (nn.Conv2d, ResnetBlock))]
+        wrote = ran[-1][2]
+        channels = ", ".join(str(read[-3]) for read in reads)
+        sides = dict.fromkeys([str(reads[0][-1]), str(wrote[-1])])
+        temporal = sum(isinstance(module, DirectedTemporalAttention) for module, _, _ in ran)
+        rows.append([layers, f"{channels} -> {wrote[-3]}", " -> ".join(sides),
+                     str(reads[0][:-3].numel()), str(temporal)])
+    heading, *table = re.findall(r"^    #   (.+)$", inspect.getsource(UNet3D), re.MULTILINE)
+    assert heading.split() == ["layers", "channels", "side", "frames", "ST", "blocks"]
+    assert [re.split("  +", row) for row in table] == rows
