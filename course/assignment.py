@@ -12,7 +12,7 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-from data import InputError
+from runs import InputError
 from runs import run_command
 
 ROOT = Path(__file__).parent.parent

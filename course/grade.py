@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from course.assignment import EXERCISES, ROOT, Exercise, build_copy, write_files
-from data import InputError
+from runs import InputError
 from runs import run_command
 
 SECONDS = 12  # of processor time for a submission, more where this repository itself needs 8

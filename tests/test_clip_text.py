@@ -6,12 +6,16 @@ Tests that compare with another package skip with a reason where it is not insta
 import gzip
 import importlib.util
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from clip_text import CausalSelfAttention, CLIPTextConfig, CLIPTextEncoder, Tokenizer
+import clip_text
+from clip_text import (END, START, CausalSelfAttention, CLIPTextConfig, CLIPTextEncoder, Tokenizer,
+                       join_pair, split_words)
 from conftest import close, randn, shaken
 from data import shape_captions
 
@@ -112,6 +116,92 @@ def test_training_ends_when_every_word_is_one_token_or_the_size_is_reached(train
     assert Tokenizer.train([], vocab_size=1000).vocab_size == 514
 
 
+def merges_by_recounting(captions, vocab_size):
+    """Learn merges as the textbook has it: count all pairs again before each merge."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts if word not in (START, END)}
+    merges = []
+    while len(merges) < vocab_size - 514:
+        pairs = Counter()
+        for word, symbols in words.items():
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        words = {word: join_pair(symbols, merges[-1]) for word, symbols in words.items()}
+    return merges
+
+
+def random_captions(seed):
+    """Make captions of words that repeat, with letters that repeat, and now and then odd ones."""
+    rng = random.Random(seed)
+    letters = rng.choice(["a", "ab", "aab", "abcdefgh", "aé", "日本語猫", "a🦄👩‍🚀", "a'!</w>09"])
+    words = ["".join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(rng.randint(1, 15))]
+    words += rng.choices([*ODD, "", "", "", ""], k=2)
+    return [rng.choice([" ", " ", ""]).join(rng.choices(words, k=8)) for _ in range(8)]
+
+
+def test_training_learns_the_merges_of_counting_all_pairs_again_each_time():
+    for seed in range(150):
+        captions = random_captions(seed)
+        most = [3, 20, 10_000][seed % 3]
+        merges = Tokenizer.train(captions, 514 + most).merges
+        assert merges == merges_by_recounting(captions, 514 + most), captions
+
+
+def test_a_merge_visits_only_the_words_that_hold_its_pair(monkeypatch):
+    visited = []
+    monkeypatch.setattr("clip_text.join_pair", lambda symbols, pair: (
+        visited.append(symbols) or join_pair(symbols, pair)))
+    words = [x + y for x in "abcdefghijklmnopqrst" for y in "abcdefghijklmnopqrst"]
+    merges = Tokenizer.train([" ".join(words)], vocab_size=10_000).merges
+    assert len(merges) == len(visited) == 400  # no two words have a pair in common
+
+
+def worked_example(number):
+    """Read one of the two worked examples in the comments of clip_text.py, "name  value" a line."""
+    _, block = Path(clip_text.__file__).read_text("utf-8").split("# Worked example")
+    examples = re.findall(r"(?:^#     .+\n)+", block, re.MULTILINE)
+    assert len(examples) == 2
+    return dict(line[1:].split(maxsplit=1) for line in examples[number].splitlines())
+
+
+def check_worked_example(example, tokenizer):
+    words = split_words(example["text"])
+    assert words == example["words"].split()
+    ids = tokenizer.encode(example["text"])
+    assert [tokenizer._symbols[n] for n in ids] == example["symbols"].split()
+    assert ids == [int(n) for n in example["ids"].split()]
+    tokens = tokenizer(example["text"])[0].tolist()
+    first, *last = example["tokens"].split(" ... ")  # left out are repetitions of the last
+    first = [int(n) for n in first.split()]
+    assert tokens == [*first, *[int(n) for n in last] * (len(tokens) - len(first))]
+
+
+def test_the_worked_example_is_what_clips_tokenizer_gives(clip_tokenizer):
+    example = worked_example(0)
+    assert example["text"].lower() == ASTRONAUT
+    check_worked_example(example, clip_tokenizer)
+
+
+def test_the_worked_example_is_what_a_trained_tokenizer_gives():
+    example = worked_example(1)
+    tokenizer = Tokenizer.train([example["train"]], vocab_size=514 + 3, context_length=6)
+    assert tokenizer.merges == [tuple(pair.split()) for pair in example["merges"].split(", ")]
+    check_worked_example(example, tokenizer)
+
+
+def test_the_introduction_joins_horse_as_clip_does(clip_tokenizer):
+    source = Path(clip_text.__file__).read_text("utf-8")
+    chain = [form.split() for form in re.search("h o r s e.*", source)[0].split("->")]
+    forms = [["h", "o", "r", "s", "e</w>"]]
+    for pair in clip_tokenizer.merges:
+        if join_pair(forms[-1], pair) != forms[-1]:
+            forms.append(join_pair(forms[-1], pair))
+    assert chain == forms
+
+
 def test_training_takes_the_most_frequent_pair_and_of_equals_the_alphabetically_first():
     merges = Tokenizer.train(["xyc abab", "abab xyc", "abd"], vocab_size=1000).merges
     expected = [("a", "b")]  # 3 times, the next four twice, the last once
@@ -133,7 +223,7 @@ def test_impossible_vocabularies_are_refused():
     with pytest.raises(ValueError, match="513.*514"):
         Tokenizer.train(CAPTIONS, vocab_size=513)
     for second in (("ab", "cd"), ("a", "b")):  # of a symbol never made, and one that is there
-        with pytest.raises(ValueError, match="no new symbol"):
+        with pytest.raises(ValueError, match="must join two known symbols into a new one"):
             Tokenizer([("a", "b"), second])
 
 
