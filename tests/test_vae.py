@@ -130,11 +130,13 @@ def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights():
 
 def test_image_parts_at_full_size_are_sds_248_tensors_and_only_the_decoder_has_video_parts():
     with torch.device("meta"):  # no memory behind it
-        weights = VideoVAE(VAEConfig()).state_dict()
+        vae = VideoVAE(VAEConfig())
+    weights = vae.state_dict()
     video_parts = {*filter(is_video_parameter, weights)}
     image = [p for name, p in weights.items() if name not in video_parts]
     assert len(image) == 248 and sum(p.numel() for p in image) == 83_653_863
     assert {name.split(".")[0] for name in video_parts} == {"decoder"}
+    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
 
 
 @pytest.mark.parametrize("half, inputs", [(Encoder, [(16, 3, 256, 256)]),
