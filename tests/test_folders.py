@@ -85,7 +85,8 @@ def test_a_folder_with_a_log_of_someone_else_is_read(tmp_path, video):
     folder_of(tmp_path, video, "day/a.gif", "night/b.gif", "run/c.gif")
     (tmp_path / "day" / "log.csv").write_text("time,place\n12:00,here\n")
     (tmp_path / "night" / "log.csv").touch()
-    (tmp_path / "run" / "checkpoint.pt").touch()
+    (tmp_path / "day" / "checkpoint.pt").touch()
+    (tmp_path / "run" / "log.csv").write_text("stage,step,loss,held_out_loss\nvae,1,0.5,\n")
     clips = ClipFolder(tmp_path, 2, 16)
     assert clips.names == ["day/a.gif", "night/b.gif"]
     assert "and 1 hidden files or folders of runs" in clips.notes[0]

@@ -177,7 +177,7 @@ def test_a_prompt_that_is_too_long_is_said_to_be_cut(model, capsys):
 def test_mp4_without_av_and_other_devices_and_models_say_what_helps(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     small_model().save("plain.pt")
-    for flags, words in (("--out a.mp4", "a.mp4: .*pip install 'av>=14'"),
+    for flags, words in (("--out a.mp4", "a.mp4: .*pip install 'av>=14"),
                          ("--device abacus", "abacus.*cpu"),
                          ("--checkpoint none.pt", "none.pt: no such file.*train.py"),
                          ("--checkpoint plain.pt --interpolate", "train.py --stage interpolate"),
