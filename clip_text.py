@@ -84,11 +84,11 @@ def join_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def learn_merges(counts: dict[str, int], most: int) -> list[tuple[str, str]]:
-    """Join the most frequent pair of neighbours in all words, again and again (Sennrich 2016).
+def learn_merges(counts: dict[str, int], limit: int) -> list[tuple[str, str]]:
+    """Learn merges: join the most frequent pair of neighbours, again and again (Sennrich 2016).
 
     `counts` says how often each word occurs. Of equally frequent pairs the alphabetically first is
-    joined. Returns at most `most` pairs, fewer if every word becomes one symbol before.
+    joined. Returns at most `limit` pairs, fewer if every word has become one symbol.
     """
     words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
     pairs = Counter()  # how often each pair occurs
@@ -97,13 +97,13 @@ def learn_merges(counts: dict[str, int], most: int) -> list[tuple[str, str]]:
         for pair in zip(symbols, symbols[1:]):
             pairs[pair] += counts[word]
             holders[pair].add(word)
-    # Counting all pairs again after each merge takes minutes. A merge changes only the words that
-    # hold the pair, so only they are counted again. The heap has the next pair first; a pair whose
-    # count changes enters it again, and its older entries are skipped.
+    # Counting all pairs again after each merge would take minutes. A merge changes only the words
+    # that hold its pair, so only these are counted again. The heap gives the most frequent pair
+    # first. A pair whose count changes enters the heap again; its older entries are skipped.
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < most:
+    while heap and len(merges) < limit:
         count, best = heapq.heappop(heap)
         if -count != pairs[best]:
             continue  # an older entry
@@ -129,8 +129,8 @@ class Tokenizer:
     """Turn captions into token ids and back, by a list of merges (paper §3; matches CLIP).
 
     merges: pairs of symbols in the order in which they were learned; nothing else needs saving.
-    context_length: how many ids a row has. Raises ValueError for a merge that does not join two known
-    symbols into a new one.
+    context_length: how many ids a row has.
+    Raises ValueError for a merge that does not join two known symbols into a new one.
     """
 
     def __init__(self, merges: list[tuple[str, str]], context_length: int = 77):
@@ -238,9 +238,9 @@ class Tokenizer:
 #     ids      550 18376 6765 320 4558 525 7496
 #     tokens   49406 550 18376 6765 320 4558 525 7496 49407 49407 ... 49407
 #
-# All these words are so frequent that each is one symbol. The row of 77 begins with the start token
-# and is filled up with end tokens. The same with three merges, learned from the caption in the
-# first line, and with rows of 6:
+# All these words are so frequent that each is one symbol. The row of 77 ids begins with the start
+# token and is filled up with end tokens. Now the same with three merges, learned from the caption
+# in the line "train", and with rows of 6 ids:
 #
 #     train    low low lower newest widest
 #     merges   l o, e s, es t</w>
@@ -250,9 +250,9 @@ class Tokenizer:
 #     ids      512 86 514
 #     tokens   515 512 86 514 516 516
 #
-# "l o" occurs three times and is joined first; "e s" and "s t</w>" occur twice, "e s" is the
-# alphabetically first. "lowest" was never seen: two of its symbols were learned, as merges 0 and 2
-# (ids 512 and 514), and "w" is a single byte. 515 is the start token and 516 the end token.
+# "l o" occurs three times and is joined first. "e s" and "s t</w>" occur twice each, and "e s" is
+# first in the alphabet. The word "lowest" was never seen: two of its symbols were learned, by the
+# first and the third merge (ids 512 and 514); "w" is a single byte. Start is 515 and end is 516.
 
 
 # --------------------------------------------------------------------------------------------------

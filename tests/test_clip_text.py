@@ -5,6 +5,7 @@ Tests that compare with another package skip with a reason where it is not insta
 
 import gzip
 import importlib.util
+import json
 import random
 import re
 from collections import Counter
@@ -98,6 +99,26 @@ def test_every_kind_of_vocabulary_file_gives_the_same_tokenizer(
     assert ids == (49406, 49407, 49408)
 
 
+def test_a_list_of_merges_is_read_with_and_without_its_header_and_blank_lines(tmp_path):
+    for text in ("a b\nab c</w>", "#version: 0.2\na b\n\nab c</w>\n"):
+        (tmp_path / "merges.txt").write_text(text)
+        assert Tokenizer.from_clip(tmp_path).merges == [("a", "b"), ("ab", "c</w>")]
+
+
+def test_a_vocabulary_of_transformers_has_its_merges_as_texts_or_as_pairs(tmp_path):
+    pairs = [("a", "b"), ("ab", "c</w>")]
+    for merges in (["a b", "ab c</w>"], pairs):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": merges}}))
+        assert Tokenizer.from_clip(tmp_path).merges == pairs
+
+
+def test_rows_have_77_ids_or_as_many_as_asked_for(tmp_path):
+    (tmp_path / "merges.txt").write_text("a b\n")
+    assert Tokenizer([])("").shape == Tokenizer.train([], 514)("").shape == (1, 77)
+    assert Tokenizer.from_clip(tmp_path)("").shape == (1, 77)
+    assert Tokenizer.from_clip(tmp_path, 9)("").shape == (1, 9)
+
+
 @pytest.fixture(scope="module")
 def trained():
     return Tokenizer.train(CAPTIONS, vocab_size=700, context_length=12)
@@ -107,6 +128,10 @@ def test_training_captions_and_words_never_seen_come_back_from_their_ids(trained
     for text in [*CAPTIONS, "a purple hexagon", "größer als 日本", "x"]:
         assert trained.decode(trained.encode(text)) == text
     assert trained.decode(trained(CAPTIONS[0])[0]) == CAPTIONS[0]
+
+
+def test_half_a_character_is_decoded_as_the_replacement_character(trained):
+    assert trained.decode(trained.encode("ß")[:1]) == "\ufffd"
 
 
 def test_training_ends_when_every_word_is_one_token_or_the_size_is_reached(trained):
@@ -222,9 +247,11 @@ def test_rows_are_start_the_first_tokens_of_the_caption_and_end_tokens(trained):
 def test_impossible_vocabularies_are_refused():
     with pytest.raises(ValueError, match="513.*514"):
         Tokenizer.train(CAPTIONS, vocab_size=513)
-    for second in (("ab", "cd"), ("a", "b")):  # of a symbol never made, and one that is there
-        with pytest.raises(ValueError, match="must join two known symbols into a new one"):
+    assert Tokenizer.train(CAPTIONS, vocab_size=514).merges == []
+    for second in (("cd", "a"), ("a", "cd"), ("a", "b"), ("x" * 999, "a")):
+        with pytest.raises(ValueError, match="must join two known symbols into a new one") as error:
             Tokenizer([("a", "b"), second])
+        assert len(str(error.value)) < 100
 
 
 @pytest.mark.parametrize("name, content", [
@@ -232,8 +259,10 @@ def test_impossible_vocabularies_are_refused():
     (".", None),
     ("merges.txt", b"#version: 0.2\na b\nthree words here\n"),
     ("merges.txt", b"two words\nper line\n"),
+    ("merges.txt", b"a b\n" + b"x" * 10_000 + b" y\n"),
     ("merges.txt", b"\xff\xfe\x00\x01"),
     ("tokenizer.json", b'{"model": 3}'),
+    ("tokenizer.json", b'{"model": {}}'),
     ("vocab.txt.gz", b"a b\n"),
     ("vocab.txt.gz", gzip.compress(b"#version: 0.2\na b\nab c\n")[:-12]),
     ("vocab.txt.gz", gzip.compress(b"a b\n")[:10] + b"\xff" * 20),
@@ -244,6 +273,7 @@ def test_a_file_that_is_missing_or_no_list_of_merges_is_named_in_one_line(tmp_pa
     with pytest.raises((FileNotFoundError, ValueError)) as error:
         Tokenizer.from_clip(tmp_path / name)
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
 
 
 SMALL = CLIPTextConfig(vocab_size=99, context_length=16, width=24, layers=3, heads=4)
@@ -301,7 +331,19 @@ def test_changing_a_later_token_leaves_earlier_outputs_bit_identical(encoder, to
     assert (before[:, 9:] != after[:, 9:]).any(-1).all()
 
 
+def test_more_tokens_than_positions_are_refused(encoder):
+    with pytest.raises(ValueError, match="17 tokens.* 16 positions"):
+        encoder(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_token_embeddings_start_at_size_1_and_positions_at_a_hundredth_of_it():
+    embeddings = CLIPTextEncoder(CLIPTextConfig(1000, 100, 64, 1, 1)).text_model.embeddings
+    assert 0.98 < embeddings.token_embedding.weight.std() < 1.02
+    assert 0.0095 < embeddings.position_embedding.weight.std() < 0.0105
+
+
 def test_the_encoder_at_full_size_is_stable_diffusions_196_tensors():
+    assert CLIPTextConfig() == CLIPTextConfig(49408, 77, width=768, layers=12, heads=12)
     with torch.device("meta"):  # no memory behind it
         weights = CLIPTextEncoder(CLIPTextConfig()).state_dict().values()
     assert len(weights) == 196 and sum(p.numel() for p in weights) == 123_060_480
