@@ -1253,9 +1253,14 @@ def test(name):
     exercise = name[:11]
     if exercise in red:
         pytest.skip("the first failure of an exercise is shown alone")
+    if exercise == "exercise_16" and not (HOME / "overfit.py").exists():
+        pytest.skip("students' copies have overfit.py")
+    words = ""
     try:
         with time_limit(exercise):
             GRADERS[name]()
     except (Exception, SystemExit) as error:
+        words = explain(error)
+    if words:
         red.add(exercise)
-        pytest.fail(explain(error), pytrace=False)
+        pytest.fail(words, pytrace=False)
