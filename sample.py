@@ -1,23 +1,18 @@
 """Prompts in, clips out: `python sample.py "a red circle moving left"` (paper §3)."""
 
 import argparse
-import math
 import os
 import time
-from fractions import Fraction
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from data import InputError
+from clip_files import check_writable, grid, write_clip
 from diffusion import SAMPLERS
 from magicvideo import MagicVideo
-from runs import pick_device, run_command
+from runs import InputError, pick_device, run_command
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "shapes.pt"
 MAX_FPS = {".gif": 50, ".webp": 90, ".png": 90, ".mp4": 1000}  # shorter delays count as 100 ms
@@ -46,7 +41,7 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="prompt i takes seed + i (0)")
     parser.add_argument("--interpolate", action="store_true", help="f frames become 4 f - 3")
     parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     flags = parser.parse_args(arguments)
     suffix = Path(flags.out).suffix.lower()
     if suffix not in MAX_FPS:
@@ -108,100 +103,6 @@ def main(arguments: list[str] | None = None) -> None:
     b, f, _, h, w = clips.shape
     print(f"wrote {flags.out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in "
           f"{time.time() - started:.1f} s")
-
-
-# --------------------------------------------------------------------------------------------------
-# Writing clips
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputError, before any work, if a file cannot be written."""
-    try:
-        is_new = not path.exists()
-        open(path, "ab").close()
-        if is_new:
-            path.unlink()
-    except FileNotFoundError:
-        pass  # its folder will be made
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written ({error.strerror}); choose "
-                         f"another") from error
-
-
-def write_clip(path: str | Path, video: Tensor, fps: float) -> None:
-    """Write a video (f, 3, h, w) in [-1, 1] as .gif, .webp, .png or .mp4, whole or not at all.
-
-    Delays are whole milliseconds, in a GIF hundredths of a second; a GIF has one palette of 256
-    colors for all frames. Raises InputError where it cannot be written.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    f, _, h, w = video.shape
-    pixels = ((video.cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (f, h, w, 3)
-    part = path.with_name(f".{os.getpid()}{suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if suffix == ".mp4":
-            write_mp4(part, pixels, Fraction(fps).limit_denominator(1001))
-        else:
-            images = [Image.fromarray(frame) for frame in pixels]
-            options = {"blend": 0, "disposal": 1}  # of PNG: keeps equal neighbours
-            if suffix == ".gif":
-                tall = Image.fromarray(pixels.reshape(f * h, w, 3))
-                tall = tall.quantize(256, dither=Image.Dither.NONE)
-                images = [tall.crop((0, k * h, w, (k + 1) * h)) for k in range(f)]
-                options = {"optimize": False}
-            if suffix == ".webp":
-                options = {"lossless": True}
-            tick = 10 if suffix == ".gif" else 1  # milliseconds
-            times = np.round(np.arange(f + 1) * 1000 / (tick * fps))
-            delays = (tick * np.diff(times)).astype(int).tolist()
-            images[0].save(part, save_all=True, append_images=images[1:], duration=delays, loop=0,
-                           **options)
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--out {path}: cannot be written ({reason}); choose another") from error
-    finally:
-        if part.exists():
-            part.unlink()
-
-
-def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:
-    """Write frames (f, h, w, 3) as H.264, or MPEG-4 if av lacks it; odd sizes grow by a pixel."""
-    import av
-
-    _, h, w, _ = pixels.shape
-    pixels = np.pad(pixels, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
-    with av.open(f"file:{path}", "w", options={"movflags": "faststart"}) as container:
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "18"}
-        for k, picture in enumerate(pixels):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = k
-            frame.time_base = 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def film_strip(videos: Tensor) -> Tensor:
-    """Lay clips (n, f, 3, h, w) out as one picture (3, H, W), a row for each clip."""
-    return grid(videos.flatten(0, 1)[:, None], videos.shape[1])[0]
-
-
-def grid(videos: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Lay clips (n, f, 3, h, w) out as one (f, 3, H, W), near-square, white gaps between."""
-    n, f, c, h, w = videos.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    tiles = videos.new_ones(rows * columns, f, c, h + gap, w + gap)  # white where no clip lies
-    tiles[:n, :, :, :h, :w] = videos
-    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 3, 0, 4, 1, 5)
-    return tiles.reshape(f, c, rows * (h + gap), columns * (w + gap))[..., :-gap, :-gap]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ class UNetConfig:
     mask: str = "strict"  # of temporal attention, see `directed_attention`
 
 
+def is_video_parameter(name: str) -> bool:
+    """Tell whether a parameter is MagicVideo's own, one that Stable Diffusion does not have."""
+    return any(part in name for part in ("adaptor", "temporal", "fps_embedding"))
+
+
 # --------------------------------------------------------------------------------------------------
 # What MagicVideo adds
 
@@ -395,9 +400,9 @@ class UNet3D(nn.Module):
         emb = self.time_embedding(t.flatten()).unflatten(0, (len(t), -1))  # (b, 1 or f, 4c)
         if fps is not None:
             emb = emb + self.fps_embedding(fps)[:, None]
-        return self.layers(z, emb, context, fps is not None)
+        return self.run_levels(z, emb, context, fps is not None)
 
-    def layers(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
+    def run_levels(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
         """Run all layers on z (b, f, c, h, w) with embedding emb (b, 1 or f, 4 * channels[0])."""
         z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
         z = self.conv_in_adaptor(z) if video else z

@@ -12,8 +12,7 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-from data import InputError
-from runs import run_command
+from runs import InputError, run_command
 
 ROOT = Path(__file__).parent.parent
 # what a copy has; all other tests, course/ and lab/ stay here: they hold solutions

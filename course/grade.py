@@ -24,8 +24,7 @@ from pathlib import Path
 from course.assignment import (EXERCISES, EXPERIMENT, GRADERS, ROOT, Exercise, build_copy,
                                exercise_numbers, write_files)
 from course.isolated import CREATE, landlock
-from data import InputError
-from runs import run_command
+from runs import InputError, run_command
 
 SEED = 1  # of the inputs, that of a student's copy is 0
 WEIGHTS = Path("overfit.pt")

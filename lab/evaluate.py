@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cascade
-from data import ClipFolder, InputError, ShapesDataset
+from data import ClipFolder, ShapesDataset
+from runs import InputError
 from lab.fvd import frechet_distance, i3d_features, load_i3d
 from lab.judge import balanced_prompts, confusions, count, judge, table_rows
 from magicvideo import MagicVideo
 from runs import pick_device
-from sample import film_strip, write_clip
+from clip_files import film_strip, write_clip
 
 
 def prompt_accuracy(model: MagicVideo, flags: argparse.Namespace) -> dict:

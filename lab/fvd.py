@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import InputError
+from runs import InputError
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 
-from data import InputError
+from runs import InputError
 from runs import run_command  # noqa: F401: for the commands of lab
 
 

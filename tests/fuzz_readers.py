@@ -29,7 +29,7 @@ from clip_text import Tokenizer  # noqa: E402
 from conftest import small_model  # noqa: E402
 from magicvideo import MagicVideo  # noqa: E402
 from runs import load_checkpoint, save_checkpoint  # noqa: E402
-from sample import write_clip  # noqa: E402
+from clip_files import write_clip  # noqa: E402
 from stable_diffusion import read_json, read_weights  # noqa: E402
 
 SECONDS = 10

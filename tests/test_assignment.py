@@ -11,7 +11,7 @@ import pytest
 
 from course import assignment, grade, mistakes
 from course.assignment import EXERCISES, ROOT
-from data import InputError
+from runs import InputError
 
 NUMBERS = range(1, len(EXERCISES))  # those with a function
 FILES = {name: (ROOT / name).read_text("utf-8") for name in {e.file for e in EXERCISES[:-1]}}

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import clip_files
 import data
 from conftest import clip_of_bytes, seeded
-from data import (COLORS, MOTIONS, SHAPES, ClipFolder, InputError, ShapesDataset, open_data,
-                  read_clip, sample_frames, shape_captions)
-from sample import write_clip
+from data import (COLORS, MOTIONS, SHAPES, ClipFolder, ShapesDataset, open_data, sample_frames,
+                  shape_captions)
+from clip_files import read_clip, write_clip
+from runs import InputError
 
 # --------------------------------------------------------------------------------------------------
 # The shapes data set
@@ -215,7 +217,7 @@ def test_pixels_that_are_not_square_and_interlaced_frames_are_shown_as_pictures(
     write_video(path, range(0, 400, 40), (32, 64), "libx264", **{"x264-params": "tff=1"})
     lines = np.zeros((32, 64, 3), np.uint8)
     lines[::2] = 255
-    image = data.to_upright(SimpleNamespace(interlaced_frame=True, rotation=0, height=32,
+    image = clip_files.to_upright(SimpleNamespace(interlaced_frame=True, rotation=0, height=32,
                                             to_image=lambda: Image.fromarray(lines)), 1.0)
     assert read_clip(path)[0].shape == (10, 32, 64, 3) and np.asarray(image).min() == 255
 
@@ -310,8 +312,8 @@ def test_every_clip_is_decoded_once_and_again_when_it_has_changed(tmp_path, vide
     clips = folder_of(tmp_path, video, "clips/a.gif", "clips/b.gif") / "clips"
     store = tmp_path / "store"
     decoded = []
-    decode_all = data.decode_all
-    monkeypatch.setattr(data, "decode_all", lambda folder, clips, *how: decoded.extend(
+    decode_all = clip_files.decode_all
+    monkeypatch.setattr(clip_files, "decode_all", lambda folder, clips, *how: decoded.extend(
         clip.name for clip in clips) or decode_all(folder, clips, *how))
     first = ClipFolder(clips, 4, 32, store=store)
     again = ClipFolder(clips, 2, 32, seed=1, store=store)
@@ -332,8 +334,8 @@ def test_every_clip_is_decoded_once_and_again_when_it_has_changed(tmp_path, vide
 
 def test_a_disk_that_is_too_small_is_one_line_and_leaves_nothing(tmp_path, video, monkeypatch):
     clips = folder_of(tmp_path, video, "clips/a.gif") / "clips"
-    decode_all = data.decode_all
-    monkeypatch.setattr(data, "decode_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    decode_all = clip_files.decode_all
+    monkeypatch.setattr(clip_files, "decode_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     refused(clips, "--frame-store", "cannot be written (full)", store=tmp_path / "store")
     assert not any(file.stat().st_size for file in (tmp_path / "store").iterdir())
 

@@ -1057,7 +1057,7 @@ def exercise_12_a_video_too_short_is_refused():
 
 def averaging(decay: float, dtype: torch.dtype = torch.float64, shapes=((3,), (2, 3), (1,))):
     weights = [nn.Parameter(randn(*shape, seed=9 + i).to(dtype)) for i, shape in enumerate(shapes)]
-    return weights, get("tiny", "EMA")(weights, decay)
+    return weights, get("runs", "EMA")(weights, decay)
 
 
 def averaged(says: str, decay: float, steps: int) -> None:
@@ -1189,7 +1189,7 @@ def exercise_15_a_step_of_training():
                     torch.tensor([clip["fps"]]), torch.tensor([500]),
                     randn(*z0.shape, seed=1).float())
         same("the loss of a clip that was cut and encoded", loss, within=1e-3)
-        ema = get("tiny", "EMA")([*model.unet.parameters()], 0.9)
+        ema = get("runs", "EMA")([*model.unet.parameters()], 0.9)
         for p in ema.parameters:
             p.mul_(1.1)
         call("the averages", ema.update)

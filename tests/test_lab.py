@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ClipFolder, InputError, ShapesDataset
+from data import ClipFolder, ShapesDataset
+from runs import InputError
 from lab import ablation, animations, benchmark, evaluate, fvd, results
 from lab.judge import balanced_prompts, confusions, count, judge, wilson
 from magicvideo import PRESETS, MagicVideo
-from sample import write_clip
+from clip_files import write_clip
 
 ROOT = Path(__file__).parents[1]
 

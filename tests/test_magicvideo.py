@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import close, small_model
-from data import InputError
+from runs import InputError
 from magicvideo import PRESETS, MagicVideo
 from runs import load_checkpoint
 from runs import save_checkpoint

@@ -14,9 +14,10 @@ from PIL import Image
 import cascade
 import sample
 from conftest import clip_of_bytes, shaken, small_model
-from data import InputError, ShapesDataset, read_clip
+from data import ShapesDataset
+from runs import InputError
 from magicvideo import MagicVideo
-from sample import film_strip, grid, write_clip
+from clip_files import film_strip, grid, read_clip, write_clip
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 from clip_text import Tokenizer
 from conftest import close, randn, seeded, shaken
-from data import InputError
+from runs import InputError
 from magicvideo import MagicVideo
 from stable_diffusion import is_video_parameter
 

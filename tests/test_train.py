@@ -21,10 +21,11 @@ import runs
 import train
 from clip_text import CLIPTextConfig
 from conftest import close
-from data import InputError, ShapesDataset
+from data import ShapesDataset
+from runs import InputError
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
 from runs import load_checkpoint
-from sample import write_clip
+from clip_files import write_clip
 from stable_diffusion import is_video_parameter
 from tiny import VDiffusion, set_learning_rates
 from unet3d import Level, UNet3D, UNetConfig
