@@ -11,7 +11,7 @@ from magicvideo import MagicVideo
 from unet3d import UNet3D
 
 GOAL = 0.05
-STEPS = 200
+STEPS = 400
 HOME = Path(__file__).resolve().parent
 
 

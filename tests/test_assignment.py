@@ -10,25 +10,38 @@ from pathlib import Path
 import pytest
 
 from course import assignment, grade, mistakes
-from course.assignment import EXERCISES, ROOT
+from course.assignment import EXERCISES, EXPERIMENT, ROOT
 from runs import InputError
 
-NUMBERS = range(1, len(EXERCISES))  # those with a function
-FILES = {name: (ROOT / name).read_text("utf-8") for name in {e.file for e in EXERCISES[:-1]}}
+NUMBERS = [e.number for e in EXERCISES if e.file not in (None, EXPERIMENT)]  # with a function
+BY_FILE = assignment.build_copy([])
+FILES = {str(path): text.decode() for path, text in BY_FILE.items()
+         if str(path) in {e.file for e in EXERCISES}}
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with grade.Worker(grade.load_graders()) as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def right(worker):
+    return grade.expect(worker, EXERCISES)
 
 
 def test_the_copy_has_blanks_and_no_solution_and_nothing_it_names_is_missing(tmp_path):
     assignment.main([str(tmp_path)])
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
     assert names == {*(path.name for path in ROOT.glob("*.py")), "README.md", "EXERCISES.md",
-                     "pytest.ini", "requirements.txt", "checkpoints/shapes.pt",
+                     "overfit.py", "pytest.ini", "requirements.txt", "checkpoints/shapes.pt",
                      "tests/test_exercises.py", "tests/test_exercises.json.gz"}
     texts = {name: (tmp_path / name).read_text("utf-8") for name in names if name[-2:] in "py md"}
     for name, text in texts.items():
         for file in re.findall(r"[\w/]+\.(?:py|md)\b", text):
             assert {file, f"tests/{file}"} & names or file == "ANSWERS.md", f"{name} names {file}"
         assert not re.search(r"\b(course|lab)[./]", text), name
-    for exercise in EXERCISES[:-1]:
+    for exercise in [e for e in EXERCISES if e.file]:
         whole = assignment.find(FILES[exercise.file], exercise)
         blank = assignment.find(texts[exercise.file], exercise)
         for have, had in ((blank.args, whole.args), (blank.body[0], whole.body[0])):
@@ -40,7 +53,7 @@ def test_the_copy_has_blanks_and_no_solution_and_nothing_it_names_is_missing(tmp
 
 
 def test_the_handout_has_equations_questions_points_and_six_to_eight_hours():
-    text = assignment.build_copy([*NUMBERS, 15])[Path("EXERCISES.md")].decode()
+    text = assignment.build_copy([e.number for e in EXERCISES])[Path("EXERCISES.md")].decode()
     assert text.count("\n$$") == text.count("*Question.*") == text.count("\n## ") == len(EXERCISES)
     assert sum(exercise.points for exercise in EXERCISES) == 100
     assert 6 * 60 <= sum(map(int, re.findall(r"(\d+) minutes", text))) <= 8 * 60
@@ -52,7 +65,7 @@ def test_the_handout_has_equations_questions_points_and_six_to_eight_hours():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["out", "--only", "0"], "--only 0: 0 is no exercise; give numbers from 1 to 15"),
+    (["out", "--only", "0"], "--only 0: 0 is no exercise; give numbers from 1 to 16"),
     (["out", "--only", "4,"], "--only 4,: nothing is no exercise"),
     (["full"], "full: exists already; name a new or empty folder"),
     (["full/file/out"], "cannot be written .*; name another folder")])
@@ -80,44 +93,162 @@ def test_errors_have_no_traceback(command):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_every_mistake_is_caught_in_words_and_what_is_right_in_another_way_is_not(number):
-    caught = [mistakes.first_words(n, *texts)
-              for n, _, *texts in mistakes.MISTAKES if n == number]
-    assert len(caught) >= 6 and min(map(len, caught)) > 40 and "NameError" not in str(caught)
+def test_every_mistake_is_caught_in_words_and_what_is_right_in_another_way_is_not(
+        worker, right, number):
+    caught = {name: mistakes.first_words(worker, right, n, *texts)
+              for n, name, *texts in mistakes.MISTAKES if n == number}
+    assert len(caught) >= 10
+    for name, words in caught.items():
+        assert len(words) > 40 and "NameError" not in words and "SyntaxError" not in words, name
     for n, name, *texts in mistakes.ANOTHER_WAY:
-        assert n != number or not mistakes.first_words(n, *texts), name
+        assert n != number or not mistakes.first_words(worker, right, n, *texts), name
+
+
+def verdicts(worker, right, files, number: int) -> dict[str, str]:
+    exercise = EXERCISES[number - 1]
+    return grade.judge(worker, right, worker.run(files, exercise), exercise)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_blank_fails_all_its_graders_and_the_last_exercise_and_nothing_else(number):
+def test_a_blank_fails_all_its_graders_and_exercise_15_and_nothing_else(worker, right, number):
     others = assignment.build_copy([n for n in NUMBERS if n != number])
     alone = assignment.build_copy([number])
-    for files, n, is_red in ((others, number, False), (alone, number, True), (alone, 15, True)):
-        said, _ = grade.run_graders(files, EXERCISES[n - 1])
-        assert said and all(bool(words) == is_red for words in said.values()), said
+    assert not any(verdicts(worker, right, others, number).values())
+    assert all("not written yet" in words for words in
+               verdicts(worker, right, alone, number).values())
+    assert any(verdicts(worker, right, alone, 15).values())
 
 
-HOSTILE = {  # file -> what is put before a line of it: the exercise of that line fails, no other
-    "clip_text.py": ("        if word in (START, END):", "        while True: pass"),
-    "diffusion.py": ("        return cast(alpha_bar.sqrt(), z0)", "        import os; os._exit(0)"),
-    "vae.py": ("        return (mean +", "        bytearray(10**10)"),
-    "data.py": ("    if total < frames:", "    import pytest; pytest.fail = lambda *a, **k: 0"),
-    "tiny.py": ("        self.count += 1", "        while True: print('x' * 10**6)"),
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_does_nothing_has_no_points(worker, right, number):
+    name = assignment.find(FILES[EXERCISES[number - 1].file], EXERCISES[number - 1]).args.args
+    first = [argument.arg for argument in name if argument.arg != "self"]
+    for body in ("raise ValueError", f"return {(first or [None])[0]}", "return None"):
+        files = mistakes.change(number, f"{' ' * 4 * (1 + (EXERCISES[number - 1].name[0].isupper()))}"
+                                f"{body}")
+        assert all(verdicts(worker, right, files, number).values()), body
+
+
+def test_a_blank_is_one_line_in_the_copy_and_the_first_failure_is_alone(tmp_path):
+    assignment.main([str(tmp_path / "copy")])
+    done = subprocess.run([sys.executable, "-m", "pytest", "-k", "exercise_06"], text=True,
+                          cwd=tmp_path / "copy", capture_output=True)
+    assert len(done.stdout.splitlines()) < 12 and "1 failed" in done.stdout, done.stdout
+    assert "unet3d.py: not written yet, exercise 6" in done.stdout
+
+
+SLOW = """
+        time.sleep(0.001)
+        end = time.process_time() + 0.4
+        while time.process_time() < end:
+            pass
+"""
+
+
+def test_what_is_right_and_slow_is_right(worker, right):
+    files = dict(BY_FILE)
+    text = FILES["unet3d.py"].replace("        frames = len(self.scale)\n",
+                                      SLOW.replace("0.4", "0.01") + "        frames = len("
+                                      "self.scale)\n")
+    files[Path("unet3d.py")] = f"import time\n{text}".encode()
+    assert not any(verdicts(worker, right, files, 4).values())
+
+
+# what a hostile file does when it is imported, and then instead of the adaptor
+CHEATS = {
+    "imports the instructor's file": f"""
+import importlib.util, sys
+for place in ("unet3d", "cheat"):
+    spec = importlib.util.spec_from_file_location(place, "{ROOT}/unet3d.py")
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    FrameAdaptor.forward = module.FrameAdaptor.forward""",
+    "reads it by a path of torch's": f"""
+import torch
+text = bytes(torch.from_file("{ROOT}/unet3d.py", size=20000, dtype=torch.uint8).tolist()).decode()
+scope = {{"__name__": "cheat"}}; exec(text, scope); FrameAdaptor.forward = scope["FrameAdaptor"].forward""",
+    "finds it by /proc": """
+import glob, os
+for path in glob.glob("/proc/[0-9]*/cwd/unet3d.py"):
+    scope = {"__name__": "cheat"}; exec(open(path).read(), scope)
+    FrameAdaptor.forward = scope["FrameAdaptor"].forward""",
+    "reads other submissions": """
+import glob
+for path in glob.glob("{out}/*/unet3d.py"):
+    if "cheat" not in path:
+        scope = {"__name__": "cheat"}; exec(open(path).read(), scope)
+        FrameAdaptor.forward = scope["FrameAdaptor"].forward""",
+    "replaces the graders": """
+import gc, sys
+for x in [x for x in gc.get_objects() if isinstance(x, dict) and "GRADERS" in x]:
+    x["same"] = x["report"] = lambda *a, **k: None
+    x["differs"] = lambda *a: ""; x["call"] = lambda *a: None""",
+    "has results equal to all": """
+class Equal:
+    dtype, device, shape, requires_grad = "x", "meta", (), False
+    __eq__ = __le__ = __ge__ = lambda *a: True
+    __ne__ = lambda *a: False
+FrameAdaptor.forward = lambda self, z: Equal()""",
+    "says that all is done": """
+import json, os
+for pipe in range(3, 40):
+    for name in ["exercise_04: pictures, values"]:
+        try: os.write(pipe, json.dumps([name, "done"]).encode() + b"\\n")
+        except OSError: pass
+os._exit(0)""",
+    "kills": """
+import os, signal
+for number in [os.getppid(), -1, *range(2, 60000)]:
+    try: os.kill(number, signal.SIGKILL)
+    except (OSError, OverflowError): pass""",
+    "starts others": """
+import os, subprocess, threading
+for _ in range(99):
+    try:
+        if not os.fork():
+            while True: pass
+    except OSError: pass
+subprocess.Popen(["sleep", "99"])""",
+    "changes the tests": f"""
+import pathlib, shutil
+for path in ("{ROOT}/tests/test_exercises.py", "tests/test_exercises.py", "{{out}}/right/unet3d.py"):
+    try: open(path, "a").write("# changed")
+    except OSError: pass
+shutil.rmtree("{ROOT}/course", ignore_errors=True)""",
+    "writes results": """
+import os
+for name in ("results.json", "{out}/cheat/results.json"):
+    try: open(name, "w").write("mine")
+    except OSError: pass
+os.kill(os.getpid(), 9)""",
+    "leaves something for the next": """
+import os, site, sys
+for folder in {*sys.path, "/tmp", "/dev/shm", os.path.expanduser("~")}:
+    try: open(f"{folder}/sitecustomize.py", "w").write("raise SystemExit")
+    except OSError: pass""",
+    "takes all memory": "x = bytearray(10**11)",
+    "ends": "import sys; sys.exit()",
+    "sends without end": """
+import os
+while True:
+    for pipe in range(3, 20):
+        try: os.write(pipe, b"x" * 10**6)
+        except OSError: pass""",
+    "takes another library's": "import diffusers",
 }
 
 
-def test_what_is_hostile_costs_its_author_those_points_alone(tmp_path, capsys):
-    for name, text in FILES.items():
-        line, code = HOSTILE.get(name, ("", ""))
-        text = text.replace(line, f"{code}\n{line}", 1)
-        (tmp_path / name).write_text(f"import shutil; shutil.rmtree('tests')\n{text}", "utf-8")
-    grade.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    (results,) = (tmp_path / "out").glob("*/results.json")
-    tests = json.loads(results.read_text())["tests"]
-    assert sum(test["max_score"] for test in tests) == 100
-    for test in tests:
-        fails = int(test["name"].split(".")[0]) in (1, 3, 11, 12, 13, 15)
-        assert test["score"] == (0 if fails else test["max_score"]), test
-        assert (test["output"] == "right") == (not fails)
-        assert test["visibility"] == ("after_published" if "hidden" in test["name"] else "visible")
-    assert capsys.readouterr().out.splitlines()[1].endswith(" 67.0")
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheat_has_no_points_and_harms_nobody(worker, right, tmp_path, cheat):
+    blank = assignment.build_copy([4])[Path("unet3d.py")].decode()
+    for name, text in (("cheat", f"{blank}\n{CHEATS[cheat].replace('{out}', str(tmp_path))}\n"),
+                       ("right", FILES["unet3d.py"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unet3d.py").write_text(text)
+    before = [path.read_bytes() for path in sorted(ROOT.glob("tests/test_e*"))]
+    worker.start["secret"] = [str(ROOT), str(tmp_path / "cheat"), str(tmp_path / "right")]
+    (test,) = grade.grade(worker, right, tmp_path / "cheat", [4])["tests"]
+    assert test["score"] == 0, test["output"]
+    assert before == [path.read_bytes() for path in sorted(ROOT.glob("tests/test_e*"))]
+    (test,) = grade.grade(worker, right, tmp_path / "right", [4])["tests"]
+    assert test["score"] == test["max_score"] == 6
+    assert not [*tmp_path.glob("*/results.json")]

@@ -88,7 +88,7 @@ def refuses(says: str, errors: type | tuple, function: Callable, *inputs) -> Non
     except errors:
         found = "refused"
     except Exception as error:
-        found = explain(error)
+        found = f"no {getattr(errors, '__name__', errors)}: it {explain(error)}"
     same(says, found, "refused")
 
 
@@ -254,8 +254,8 @@ def state_of(inputs: dict) -> dict[str, bytes]:
             "numpy's and Python's own generators": pickle.dumps((numpys, pythons))}
 
 
-WAYS = {"values": values, "gradients": gradients, "types": types,
-        "nothing else changes": nothing_else_changes, "memory and device": memory_and_device}
+WAYS = {"values": values, "nothing else changes": nothing_else_changes, "gradients": gradients,
+        "types": types, "memory and device": memory_and_device}
 
 
 def cases(function: Callable[[], Iterator[Case]]) -> Callable:
@@ -278,14 +278,14 @@ WORDS = {  # property -> words that show it
     "a single letter is one symbol, with </w>": ["q", "h", "©"],
     "letters that nothing joins stay single, the last one with </w>": ["qd", "dqqd", "sh"],
     "two neighbours are joined": ["hod", "rsd", "xad"],
-    "joining goes on until no pair is left, to the whole word": ["horse", "xababq"],
     "what was learned first is joined first, not what comes first": ["abcd", "dabcd", "xaaab"],
     "what was learned first is joined first, not the most frequent pair": ["abababcd", "aaaxad"],
+    "only whole symbols are joined, never parts of them": ["xaxabd", "xabd", "xababd", "Ã©"],
+    "joining goes on until no pair is left, to the whole word": ["horse", "hohorse"],
     "a merge is applied everywhere in the word": ["hodhod", "abdab", "aaaaadaaaa"],
     "of overlapping pairs the leftmost is joined": ["aaad", "aaab", "aaaaab", "ababab"],
     "what was joined is joined on": ["horses", "ababab", "abababab"],
     "the last letter is another symbol than inside: b + c is not b + c</w>": ["xbc", "bca", "abc"],
-    "only whole symbols are joined, never parts of them": ["xababd", "xaxabab", "xabab", "Ã©"],
 }
 
 
@@ -353,6 +353,16 @@ def tokens_of(says: str, texts, length: int) -> None:
 
 
 @grader
+def exercise_02_start_comes_first_and_end_last():
+    for texts in (["ab"], [caption_of(3), ""]):
+        with spelling(8) as tokenizer:
+            says = f"{texts} in a context of 8"
+            found = call(says, tokenizer, texts)
+            same(f"{says}: the first id of each row is start, {tokenizer.start}", found[:, 0])
+            same(f"{says}: the last id of each row is end, {tokenizer.end}", found[:, -1])
+
+
+@grader
 def exercise_02_a_list_of_captions_is_a_row_for_each():
     tokens_of("a row of context_length for each caption", ["ab", "cd", "e"], 8)
     tokens_of("a caption of no words is start, then end tokens", [""], 8)
@@ -396,10 +406,10 @@ def exercise_02_every_row_is_by_itself():
 def exercise_02_ids_are_int64():
     with spelling(6) as tokenizer:
         for texts in ([caption_of(3)], [""], []):
-            found = call("ids", tokenizer, texts)
-            same(f"start, caption and end of {texts}", found)
-            same(f"the type of the ids of {texts}", str(getattr(found, "dtype", None)),
-                 "torch.int64")
+            says = f"ids of {texts}"
+            found = call(says, tokenizer, texts)
+            same(f"int64 {says}", found)
+            same(f"the type of the {says}", str(getattr(found, "dtype", None)), "torch.int64")
 
 
 @grader
@@ -522,7 +532,8 @@ def term(kind: str, says: str, form: str, alone: str, eta: float = 0.7, ends: bo
 @cases
 def exercise_08_the_terms_of_the_sum():
     for form in ("t (b,)", "t (b, f)"):
-        yield term("DDIM", "the factor of z_0_hat is sqrt(alpha_bar_prev)", form, "z")
+        yield term("DDIM", "the factor of z_0_hat, which self.predict_z0_eps returns, is "
+                   "sqrt(alpha_bar_prev)", form, "z")
         yield term("DDIM", "without noise the factor of eps_hat is sqrt(1 - alpha_bar_prev)", form,
                    "output", 0.0)
         yield term("DDIM", "eta = 0 leaves the noise out", form, "noise", 0.0)
@@ -574,8 +585,8 @@ def exercise_08_any_network_and_schedule():
 @cases
 def exercise_09_the_terms_of_the_sum():
     for form in ("t (b,)", "t (b, f)"):
-        yield term("DDPM", "the factor of z_0_hat is sqrt(alpha_bar_prev) beta / (1 - alpha_bar)",
-                   form, "output")
+        yield term("DDPM", "the factor of z_0_hat, which self.predict_z0_eps returns, is sqrt("
+                   "alpha_bar_prev) beta / (1 - alpha_bar)", form, "output")
         yield term("DDPM", "the factor of z_t is sqrt(1 - beta) (1 - alpha_bar_prev) / "
                    "(1 - alpha_bar)", form, "z")
         yield term("DDPM", "the noise has the posterior's standard deviation, the root with beta "
@@ -627,7 +638,7 @@ def guided(says: str, form: str, scale: float, with_fps: bool, half: float | Non
     def guide(z, t, context, uncond, fps):
         network = Network()
         found = schedule().guided_output(network, z, t, context, uncond, fps, scale)
-        same(f"{says}: the network is called with batches of", network.batches,
+        same(f"{says}: the list of the sizes of the batches that the network gets", network.batches,
              [b if scale == 1 else 2 * b])
         return found
 
@@ -919,17 +930,26 @@ class Stub(nn.Module):
         return (z.double() * factor).to(z.dtype)
 
 
-def layer(says: str, i: int, frames: int, video: bool, **factors: float) -> Case:
+def bare(kind: type, **parts) -> nn.Module:
+    """Make a module of a class with these parts alone."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name, part in parts.items():
+        setattr(module, name, nn.ModuleList(part) if isinstance(part, list) else part)
+    return module
+
+
+def layer(says: str, i: int, frames: int, video: bool, t_attn: float = 0.5) -> Case:
     """Make layer i of three, two of them with an ST block, all parts replaced."""
-    config = get("unet3d", "UNetConfig")(channels=(4,), heads=2, groups=2, frames=frames)
-    level = get("unet3d", "Level")([4, 4, 4], 4, 2, config)
-    for n, p in enumerate(level.parameters()):
-        p.data = randn(*p.shape, seed=50 + n) / 8
-    factors = {"resnets": 2, "attentions": 5, "temporal_attentions": 0.5, **factors}
-    for name, factor in factors.items():
-        layers = getattr(level, name, [])
-        for n in range(len(layers)):
-            layers[n] = Stub(factor and factor + n)
+    parts = {"resnets": [Stub(2 + n) for n in range(3)], "attentions": [Stub(5), Stub(6)]}
+    if frames:
+        adaptors = [adaptor(frames, 4) for _ in range(8)]
+        for n, p in enumerate(nn.ModuleList(adaptors).parameters()):
+            p.data = randn(*p.shape, seed=50 + n) / 8
+        parts |= {"resnet_adaptors": [nn.ModuleList(adaptors[n : n + 2]) for n in (0, 2, 4)],
+                  "attention_adaptors": adaptors[6:],
+                  "temporal_attentions": [Stub(t_attn), Stub(t_attn * 3)]}
+    level = bare(get("unet3d", "Level"), **parts)
     has = f"adaptors of {frames} frames" if frames else "an image model"
     return Case(f"{says}: layer {i} of 3, two with an ST block, {has}, video is {video}",
                 lambda z, emb, context: level.layer(i, z, emb, context, video),
@@ -952,7 +972,7 @@ def exercise_14_a_video():
                     True)
         for i in (0, 1):
             yield layer("T-Attn is zero: S-Attn of the resnet's output, with its adaptors", i,
-                        frames, True, temporal_attentions=0)
+                        frames, True, 0.0)
             yield layer("T-Attn reads the resnet's output, not S-Attn's, and nothing is added "
                         "twice", i, frames, True)
 
@@ -961,8 +981,7 @@ def exercise_14_a_video():
 def exercise_11_the_posterior():
     for factor in (1.0, 0.5, 0.18215):
         config = get("vae", "VAEConfig")(channels=(8, 8), groups=2, scaling_factor=factor)
-        with torch.device("meta"):
-            vae = get("vae", "VideoVAE")(config)
+        vae = bare(get("vae", "VideoVAE"), config=config)
         for shape in ((2, 3, 4, 2, 5 - SEED), (1, 1, 4, 3, 3), (1, 16, 4, 1, 2)):
             given = {"mean": randn(*shape), "logvar": 2 * randn(*shape, seed=1),
                      "eps": randn(*shape, seed=2)}
@@ -1004,8 +1023,8 @@ def cut(says: str, total: int, rate: float, frames: int, fps: float | None, n: i
     says = f"{says}: cut {n}, {frames} of {total} frames at {rate} a second, fps {fps}"
     indices, v = call(says, lambda: (*get("data", "sample_frames")(total, rate, frames, rng, fps),))
     kind = getattr(getattr(indices, "dtype", None), "kind", None)
-    same(f"{says}: the indices are", type(indices).__name__ + f" of kind {kind}",
-         "ndarray of kind i")
+    same(f"{says}: what its indices are in", f"a {type(indices).__name__} of kind {kind}",
+         "a ndarray of kind i")
     return says, indices, v
 
 
@@ -1019,10 +1038,35 @@ def cutting(says: str, examples: list[tuple]) -> Callable:
                     same(f"{words}: the strides between its frames",
                          sorted({int(x) for x in np.diff(indices)}))
                 same(f"{words}: v, the rate of its frames", torch.tensor(float(v)))
-                same(f"{words}: v is of type", "float" * isinstance(v, float), "float")
+                kind = "float" if isinstance(v, float) else type(v).__name__
+                same(f"{words}: the type of v", kind, "float")
                 same(f"{words}: its first frame", int(indices[0]))
                 same(f"{words}: its frames", [int(i) for i in indices])
     return grade
+
+
+class Recording(np.random.Generator):
+    """Note among how many numbers each draw of `integers` chooses."""
+
+    def __init__(self, seed: int):
+        super().__init__(np.random.PCG64(seed))
+        self.choices = []
+
+    def integers(self, low, high=None, size=None, dtype=np.int64, endpoint=False):
+        self.choices.append(int(low if high is None else high - low) + bool(endpoint))
+        return super().integers(low, high, size, dtype, endpoint)
+
+
+@grader
+def exercise_12_draws_the_stride_then_the_start():
+    for examples in CUTS.values():
+        for example in examples:
+            rng = Recording(SEED)
+            words, indices, _ = cut("the stride is drawn first, unless fps is given, then the "
+                                    "start, both by rng.integers", *example, 0, rng)
+            same(f"{words}: the list of how many numbers each draw chooses among",
+                 [n for n in rng.choices if n > 1])
+            same(f"{words}: its frames", [int(i) for i in indices])
 
 
 GRADERS |= {f"exercise_12: {says}": cutting(says, examples) for says, examples in CUTS.items()}
@@ -1109,11 +1153,11 @@ def exercise_13_moves_the_averages_in_place_and_nothing_else():
             same(f"{what} after update {n}",
                  "as before" if before[what] == after[what] else "changed", "as before")
         for i, average in enumerate(averages):
-            same(f"moved in place: average {i + 1} after step {n} is the tensor that it was",
-                 ema.shadow[i] is average, True)
-            same(f"the average needs no graph: average {i + 1}.requires_grad after step {n}",
-                 ema.shadow[i].requires_grad, False)
-            same(f"moved in place: average {i + 1} after step {n}", average)
+            same(f"moved in place: average {i + 1} after step {n}", "the tensor that it was"
+                 if ema.shadow[i] is average else "another tensor", "the tensor that it was")
+            same(f"the averages have no graph: average {i + 1} after step {n}", "with a graph"
+                 if ema.shadow[i].requires_grad else "without", "without")
+            same(f"the numbers in average {i + 1}, moved in place, after step {n}", average)
 
 
 @grader
