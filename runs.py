@@ -142,6 +142,8 @@ def plot_losses(rows: list[dict], picture: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
+    if not rows:
+        return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):

@@ -121,7 +121,7 @@ def train_stage(stage: Stage, clips: ClipDataset, latents: list[dict], held_out:
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, stage.steps, s.warmup)
             size, frames = stage.plan_batch(step, clips.frames)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
-            bins = torch.zeros(2, BINS)
+            bins = torch.zeros(2, BINS).double()
             for shard in micro_batches(size, s.accumulate):
                 batch, draw = stage.read(latents or clips, step, size, frames, shard)
                 share = len(batch.clips) * process_count() / size  # of what this process reads
@@ -203,11 +203,11 @@ def loss_by_timestep_bin(stage: Stage, errors: Tensor, t: Tensor | None, frames:
 
     At high t there is little but the caption to go on.
     """
-    bins = torch.zeros(2, BINS)
+    bins = torch.zeros(2, BINS).double()
     if t is not None:
         place = t * BINS // stage.diffusion.num_steps
-        bins[0].index_add_(0, place, errors.detach().float().cpu())
-        bins[1].index_add_(0, place, stage.diffusion.loss_weight(t, frames).float())
+        bins[0].index_add_(0, place, errors.detach().cpu().double())
+        bins[1].index_add_(0, place, stage.diffusion.loss_weight(t, frames).double())
     return bins
 
 
