@@ -26,11 +26,20 @@ BAR_END = "alpha_bar_prev = self.alpha_bar(t_prev, after_last=1.0)"
 LERP = "average.lerp_(p, 1 - decay)"
 GUIDED = "uncond_output + guidance * (cond_output - uncond_output)"
 ADAPTED = "scale * z + shift"
-LITERAL = "(scores.softmax(-1) * torch.ones_like(scores).tril()) @ v"
 POSTERIOR = "(mean + (0.5 * logvar).exp() * eps) * self.config.scaling_factor"
 CAST_FIRST = ("a half type's alpha_bar", BAR, "alpha_bar = cast(self.alpha_bar(t), z).double()")
 
-# exercise, name, then what is replaced, by what, and so on
+ATTEND = """
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    seen = torch.ones_like(scores).tril()
+    if mask == "strict":
+        scores = scores.masked_fill(seen == 0, -torch.inf)
+    weights = scores.softmax(-1)
+    if mask == "literal":
+        weights = weights * seen
+    return weights @ v"""
+
+# exercise, name, then what is replaced, by what, and so on, or the whole body of the function
 MISTAKES = [
     (1, "joined across symbol borders", f"symbols = {JOIN}", "p = min(pairs, key=self._rank.get); "
      "symbols = ' '.join(symbols).replace(' '.join(p), ''.join(p)).split()"),
@@ -93,26 +102,31 @@ MISTAKES = [
     (4, "a frame more is cut off", "if z.shape[1] != frames", "z = z[:, :frames]\n        if "
      "z.shape[1] != frames"),
     (4, "z written into", ADAPTED, "z.data.mul_(scale.data).add_(shift)"),
-    (5, "mask after the softmax", 'if mask == "literal"', 'if mask != "bidirectional"'),
-    (5, "literal is strict", 'if mask == "literal"', 'if mask == ""', 'mask == "strict"',
-     'mask != "bidirectional"'),
-    (5, "the softmax overflows", "scores.softmax(-1)",
-     "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
-    (5, "softmax over the queries", "scores.softmax(-1)", "scores.softmax(-2)"),
-    (5, "the diagonal is masked", ".tril()", ".tril(-1)"),
-    (5, "the weights have no gradient", "(scores.softmax(-1)", "(scores.softmax(-1).detach()"),
-    (5, "the mask made on the wrong device", "ones_like(scores)", "ones(scores.shape)"),
-    (5, "no root of d", "math.sqrt(q.shape[-1])", "q.shape[-1]"),
-    (5, "earlier frames are masked", ".tril()", ".triu()"),
-    (5, "literal rows divided by their sums", LITERAL, "(lambda a: a / a.sum(-1, keepdim=True))"
-     "(scores.softmax(-1) * torch.ones_like(scores).tril()) @ v"),
-    (5, "-1e9 does not fit in float16", 'if mask == "literal"', 'if mask == "strict":\n        s = '
-     "q @ k.mT / math.sqrt(q.shape[-1])\n        return s.masked_fill(torch.ones_like(s).triu(1) "
-     '> 0, -1e9).softmax(-1) @ v\n    if mask == "literal"'),
-    (5, "float32 whatever the type", LITERAL, f"({LITERAL}).float()"),
-    (5, "view of what is not contiguous", "q @ k", "q.view(-1, *q.shape[2:]).view_as(q) @ k"),
-    (5, "later frames weigh 1", LITERAL, "(scores * torch.ones_like(scores).tril()).softmax(-1) "
-     "@ v"),
+    *[(5, name, ATTEND.replace(old, new)) for name, old, new in (
+        ("mask after the softmax", 'if mask == "literal"', 'if mask != "bidirectional"'),
+        ("mask after the softmax alone", 'if mask == "strict"', 'if mask == ""'),
+        ("literal is strict", 'if mask == "strict"', 'if mask != "bidirectional"'),
+        ("the softmax overflows", "scores.softmax(-1)",
+         "scores.exp() / scores.exp().sum(-1, keepdim=True)"),
+        ("softmax over the queries", "softmax(-1)", "softmax(-2)"),
+        ("the diagonal is masked", ".tril()", ".tril(-1)"),
+        ("earlier frames are masked", ".tril()", ".triu()"),
+        ("the weights have no gradient", "softmax(-1)", "softmax(-1).detach()"),
+        ("the mask on the wrong device", "torch.ones_like(scores)", "torch.ones(scores.shape, "
+         "dtype=scores.dtype)"),
+        ("no root of d", "math.sqrt(q.shape[-1])", "q.shape[-1]"),
+        ("not divided by sqrt(d)", " / math.sqrt(q.shape[-1])", ""),
+        ("divided by the root of f", "q.shape[-1]", "q.shape[-2]"),
+        ("literal rows divided by their sums", "weights * seen",
+         "weights * seen / (weights * seen).sum(-1, keepdim=True)"),
+        ("-1e9 does not fit in float16", "-torch.inf", "-1e9"),
+        ("-100 is not small", "-torch.inf", "-100"),
+        ("float32 whatever the type", "weights @ v", "weights.float() @ v.float()"),
+        ("view of what is not contiguous", "scores = q", "q = q.view(-1, *q.shape[2:])"
+         ".view(q.shape)\n    scores = q"),
+        ("masked scores are 0", "masked_fill(seen == 0, -torch.inf)", "mul(seen)"),
+        ("8 frames at most", ".tril()", ".tril().where(torch.arange(scores.shape[-1], "
+         "device=q.device) < 8, 0)"))],
     (6, "self.mask ignored", "self.mask", '"strict"'),
     (6, "h and w swapped", "b, h, w, f, c", "b, w, h, f, c"),
     (6, "frames and pixels mixed", TOKENS, "self.norm(z.reshape(b * h * w, f, c))"),
@@ -329,6 +343,7 @@ ANOTHER_WAY = [
         if z.ndim == 5:
             return torch.einsum("bfchw,fc->bfchw", z, s) + b[None, :, :, None, None]
         return torch.einsum("bfnc,fc->bfnc", z, s) + b.unsqueeze(1)"""),
+    (5, "by hand", ATTEND),
     (5, "einsum and a softmax of one's own", """
     f = q.shape[-2]
     s = torch.einsum("nhid,nhjd->nhij", q, k) * q.shape[-1] ** -0.5
