@@ -198,6 +198,7 @@ def find_files(submission: Path) -> tuple[dict[Path, bytes], list[str]]:
     several copies that nearest to the top is taken, with its plain name first.
     """
     wanted = {exercise.file for exercise in EXERCISES if exercise.file} | {str(WEIGHTS)}
+    names_of_files = "|".join(Path(name).stem for name in wanted)
     found = []
     notes = []
     for folder, folders, names in os.walk(submission):
@@ -205,9 +206,9 @@ def find_files(submission: Path) -> tuple[dict[Path, bytes], list[str]]:
                             and not (Path(folder) / name / "pyvenv.cfg").exists())
         for name in sorted(names):
             path = Path(folder) / name
-            match = re.fullmatch(r"(?:.*_)??([a-z0-9]+?(?:_text)?)(?:[-_ ]+\(?\d+\)?|\(\d+\)| copy)?"
-                                 r"\.(py|pt)", name.lower())
-            known = match and f"{match[1]}.{match[2]}"
+            match = re.fullmatch(rf"(?:.*_\d+_(?:.*_)?)?({names_of_files})"
+                                 r"(?:[-_ ]?\(?\d+\)?| copy)?(\.py|\.pt)", name.lower())
+            known = match and match[1] + match[2]
             if known in wanted:
                 found.append((len(path.parts), name != known, str(path), known))
             elif path.suffix.lower() in (".ipynb", ".zip", ".gz", ".rar", ".7z", ".txt") and (

@@ -103,8 +103,10 @@ MISTAKES = [
      "z.shape[1] != frames"),
     (4, "z written into", ADAPTED, "z.data.mul_(scale.data).add_(shift)"),
     *[(5, name, ATTEND.replace(old, new)) for name, old, new in (
-        ("mask after the softmax", 'if mask == "literal"', 'if mask != "bidirectional"'),
-        ("mask after the softmax alone", 'if mask == "strict"', 'if mask == ""'),
+        ("mask after the softmax", """if mask == "strict":
+        scores = scores.masked_fill(seen == 0, -torch.inf)""", """if mask == "strict":
+        return (scores.softmax(-1) * seen) @ v"""),
+        ("no mask", 'if mask == "strict"', 'if mask == ""'),
         ("literal is strict", 'if mask == "strict"', 'if mask != "bidirectional"'),
         ("the softmax overflows", "scores.softmax(-1)",
          "scores.exp() / scores.exp().sum(-1, keepdim=True)"),

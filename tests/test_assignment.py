@@ -5,12 +5,15 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from course import assignment, grade, mistakes
 from course.assignment import EXERCISES, EXPERIMENT, ROOT
+from magicvideo import MagicVideo
 from runs import InputError
 
 NUMBERS = [e.number for e in EXERCISES if e.file not in (None, EXPERIMENT)]  # with a function
@@ -85,7 +88,8 @@ def test_a_function_without_a_docstring_or_of_another_name_is_no_exercise(monkey
             assignment.build_copy([1])
 
 
-@pytest.mark.parametrize("command", ["assignment tests", "mistakes 99", "grade 99"])
+@pytest.mark.parametrize("command", ["assignment tests", "mistakes 99", "grade 99",
+                                     "grade . --only 99", "grade --gradescope README.md"])
 def test_errors_have_no_traceback(command):
     done = subprocess.run([sys.executable, "-m", *f"course.{command}".split()], cwd=ROOT, text=True,
                           capture_output=True)
@@ -252,3 +256,132 @@ def test_a_cheat_has_no_points_and_harms_nobody(worker, right, tmp_path, cheat):
     (test,) = grade.grade(worker, right, tmp_path / "right", [4])["tests"]
     assert test["score"] == test["max_score"] == 6
     assert not [*tmp_path.glob("*/results.json")]
+
+
+FOLDERS = {  # what was handed in -> what is taken, and a word of the notes
+    "unet3d.py": ("unet3d.py", "unet3d.py: taken"),
+    "a/b/unet3d.py": ("unet3d.py", "a/b/unet3d.py: taken"),
+    "unet3d-1.py": ("unet3d.py", "unet3d-1.py: taken"),
+    "unet3d (2).py": ("unet3d.py", "taken"),
+    "unet3d(1).py": ("unet3d.py", "taken"),
+    "UNet3D.py": ("unet3d.py", "taken"),
+    "doejane_LATE_123_456_clip_text-2.py": ("clip_text.py", "taken"),
+    "doe_jane_123_456_data.py": ("data.py", "taken"),
+    "Jane Doe_123_assignsubmission_file_/vae.py": ("vae.py", "taken"),
+    "Jane Doe_123_assignsubmission_file_vae.py": ("vae.py", "taken"),
+    "tests/test_data.py": (None, "no file"),
+    ".venv/lib/data.py": (None, "no file"),
+    ".git/data.py": (None, "no file"),
+    "myenv/lib/data.py": (None, "no file"),
+    "__MACOSX/unet3d.py": (None, "no file"),
+    "lib/python3.11/site-packages/data.py": (None, "no file"),
+    "mydata.py": (None, "no file"),
+    "unet3d.ipynb": (None, "unet3d.ipynb: not read, only Python files are"),
+    "all.zip": (None, "all.zip: not read"),
+    "unet3d.py.txt": (None, "unet3d.py.txt: not read"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_files_are_found_under_the_names_that_platforms_give_them(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x = 1")
+    (tmp_path / "myenv").mkdir(exist_ok=True)
+    (tmp_path / "myenv/pyvenv.cfg").touch()
+    files, notes = grade.find_files(tmp_path)
+    taken, words = FOLDERS[name]
+    assert [*map(str, files)] == ([taken] if taken else [])
+    assert words in "\n".join(notes or ["no file"])
+
+
+def test_of_two_copies_the_upper_is_taken_and_both_are_named(tmp_path):
+    for name, text in (("unet3d.py", "upper"), ("old/unet3d.py", "lower"), ("a/data.py", "same"),
+                       ("b/data.py", "same")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    files, notes = grade.find_files(tmp_path)
+    assert files == {Path("unet3d.py"): b"upper", Path("data.py"): b"same"}
+    assert "old/unet3d.py: not taken, it is another copy of unet3d.py" in notes and len(notes) == 3
+
+
+def test_links_are_refused(tmp_path):
+    (tmp_path / "unet3d.py").symlink_to(ROOT / "unet3d.py")
+    (tmp_path / "mine").write_text("x = 1")
+    (tmp_path / "data.py").hardlink_to(tmp_path / "mine")
+    (tmp_path / "folder").symlink_to(ROOT)
+    files, notes = grade.find_files(tmp_path)
+    assert not files and notes == ["data.py: not taken, it is a link",
+                                   "unet3d.py: not taken, it is a link"]
+
+
+def test_the_command_grades_folders_passes_over_strays_and_loses_no_results(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--color=yes")
+    for name, numbers in (("a/submission", []), ("b/submission", [4])):
+        (tmp_path / name).mkdir(parents=True)
+        text = assignment.build_copy(numbers)[Path("unet3d.py")]
+        (tmp_path / name / "unet3d.py").write_bytes(text)
+    (tmp_path / "b/submission/results.json").symlink_to(tmp_path / "victim")
+    (tmp_path / "stray.txt").touch()
+    folders = [str(tmp_path / name) for name in ("a/submission", "b/submission", "stray.txt")]
+    grade.main([*folders, "--only", "4,5", "--out", str(tmp_path / "out")])
+    grade.main([folders[1], "--only", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "stray.txt: passed over" in lines[0] and lines[-1].split()[1:] == ["0.0", "0.0"]
+    assert [line.split()[1:] for line in lines[2:4]] == [["6.0", "9.0", "15.0"],
+                                                         ["0.0", "9.0", "9.0"]]
+    for name, score in (("out/a", 6), ("out/b", 0), ("b", 0)):
+        results = json.loads((tmp_path / name / "submission/results.json").read_text())
+        assert results["tests"][0]["score"] == score and "unet3d.py: taken" in results["output"]
+    assert not (tmp_path / "victim").exists()
+
+
+def test_exercise_15_has_points_only_when_all_files_are_handed_in(worker, right, tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    scores = {}
+    for missing in ("overfit.py", "vae.py"):  # overfit.py is not needed, its weights are graded
+        (tmp_path / missing).unlink()
+        tests = grade.grade(worker, right, tmp_path, [11, 15, 16])["tests"]
+        scores[missing] = [test["score"] for test in tests]
+    assert scores == {"overfit.py": [4, 5, 0], "vae.py": [0, 0, 0]}
+    assert "vae.py not handed in" in tests[1]["output"]
+
+
+def test_the_experiment_is_graded_by_its_loss(worker, right, tmp_path):
+    (tmp_path / "overfit.pt").write_bytes(b"no weights")
+    (test,) = grade.grade(worker, right, tmp_path, [16])["tests"]
+    assert test["score"] == 0 and "raises" in test["output"]
+    weights = MagicVideo.load(ROOT / "checkpoints/shapes.pt").unet.state_dict()
+    torch.save(weights, tmp_path / "overfit.pt")
+    (test,) = grade.grade(worker, right, tmp_path, [16])["tests"]
+    assert test["score"] == 0 and "not reached, it is 0.0" in test["output"]
+
+
+def test_the_bundle_for_gradescope_grades_by_itself(tmp_path):
+    grade.main(["--gradescope", str(tmp_path / "out.zip"), "--only", "4"])
+    with zipfile.ZipFile(tmp_path / "out.zip") as bundle:
+        bundle.extractall(tmp_path / "source")
+        modes = {info.filename: info.external_attr >> 16 for info in bundle.infolist()}
+    assert modes["setup.sh"] == modes["run_autograder"] == 0o755 and "course/answers.md" not in modes
+    (tmp_path / "submission").mkdir()
+    (tmp_path / "submission/unet3d.py").write_text(FILES["unet3d.py"])
+    (tmp_path / "results").mkdir()
+    script = (tmp_path / "source/run_autograder").read_text()
+    script = script.replace("/autograder", str(tmp_path))
+    script = script.replace("/opt/grade/bin/python", sys.executable)
+    subprocess.run(["bash", "-e"], input=script, text=True, check=True)
+    (test,) = json.loads((tmp_path / "results/results.json").read_text())["tests"]
+    assert test["score"] == test["max_score"] == 6
+
+
+def test_results_that_may_not_be_written_stop_nobody(worker, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unet3d.py").write_text(FILES["unet3d.py"])
+    (tmp_path / "one/results.json").mkdir()
+    grade.main([str(tmp_path / "one"), str(tmp_path / "two"), "--only", "4"])
+    assert "no results.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "two/results.json").read_text())["tests"][0]["score"] == 6
+    assert len([*(tmp_path / "one").iterdir()]) == 2

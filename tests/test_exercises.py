@@ -767,11 +767,10 @@ def attended(mask: str, says: str, shape: tuple, scale: float = 1, within: float
 def attention_cases(mask: str) -> Iterator[Case]:
     shape = (3 + SEED, 2, 5, 4)
     zeros, ones = torch.zeros(shape).double(), torch.ones(shape).double()
-    read = "all frames" if mask == "bidirectional" else "frames 1 .. i"
+    equal = {"strict": "the mean of frames 1 .. i", "literal": "the sum of frames 1 .. i, over f",
+             "bidirectional": "the mean of all frames"}[mask]
     sums = "less than 1: later frames stay in the denominator" if mask == "literal" else "1"
-    each = " / f" if mask == "literal" else " / i" if mask == "strict" else " / f"
-    yield attended(mask, f"of equal scores frame i is the sum of {read}{each}, {MASKS[mask]}",
-                   shape, q=zeros)
+    yield attended(mask, f"of equal scores frame i is {equal}, {MASKS[mask]}", shape, q=zeros)
     yield attended(mask, f"of v = 1 the result is the weights' sum, {sums}", shape, v=ones)
     yield attended(mask, f"softmax over the keys of QK^T / sqrt(d), {MASKS[mask]}", shape)
     yield attended(mask, "the scores are divided by sqrt(d)", (2, 1, 3, 16))
