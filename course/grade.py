@@ -206,8 +206,8 @@ def find_files(submission: Path) -> tuple[dict[Path, bytes], list[str]]:
                             and not (Path(folder) / name / "pyvenv.cfg").exists())
         for name in sorted(names):
             path = Path(folder) / name
-            match = re.fullmatch(rf"(?:.*_\d+_(?:.*_)?)?({names_of_files})"
-                                 r"(?:[-_ ]?\(?\d+\)?| copy)?(\.py|\.pt)", name.lower())
+            match = re.fullmatch(rf"(?:.*_\d+_(?:.*_)?|copy of )?({names_of_files})"
+                                 r"(?:[-_ ]?\(?\d+\)?| (?:- )?copy)?(\.py|\.pt)", name.lower())
             known = match and match[1] + match[2]
             if known in wanted:
                 found.append((len(path.parts), name != known, str(path), known))
@@ -251,7 +251,8 @@ def grade(worker: Worker, right: dict, submission: Path, numbers: list[int]) -> 
         if exercise.file == EXPERIMENT:  # no function of a student runs here
             files = {**build_copy([]), WEIGHTS: handed_in.get(WEIGHTS, b"")}
         if missing:
-            verdicts = {"all": f"{', '.join(missing)} not handed in"}
+            others = [note for note in notes if "not read" in note or "not taken" in note]
+            verdicts = {"all": "; ".join([f"{', '.join(missing)} not handed in", *others])}
         else:
             late = time.monotonic() - started > 600  # a file that waits for ever, again and again
             verdicts = judge(worker, right, worker.run(files, exercise, 20 * late), exercise)
