@@ -68,7 +68,7 @@ def test_the_handout_has_equations_questions_points_and_six_to_eight_hours():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["out", "--only", "0"], "--only 0: 0 is no exercise; give numbers from 1 to 16"),
+    (["out", "--only", "0"], f"--only 0: 0 is no exercise; give numbers from 1 to {len(EXERCISES)}"),
     (["out", "--only", "4,"], "--only 4,: nothing is no exercise"),
     (["full"], "full: exists already; name a new or empty folder"),
     (["full/file/out"], "cannot be written .*; name another folder")])
