@@ -1,19 +1,21 @@
-"""The two data sets: embedded shapes, drawn when asked for, and folders of clips, decoded once.
+"""The two data sets: built-in shapes, drawn when asked for, and folders of clips, decoded once.
 
-One function, `sample_frames`, cuts both (paper §3.2, FPS): a random part of a video, frames
-uniformly in it, and how many of them make a second. Videos are (f, 3, h, w), pixels in [-1, 1].
-Read `clip_files.py` next if you want to know how files become frames.
+One function, `sample_frames`, cuts both (paper §3.2, FPS): it chooses a random part of a video,
+takes frames at equal distances, and tells how many of them make a second. Videos are (f, 3, h, w),
+pixels in [-1, 1]. Read `folders.py` next to see how clips and captions are found, and
+`clip_files.py` to see how files become frames.
 """
 
 import copy
 import math
+import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from clip_files import MAX_FRAMES, TABLES, decode_once, find_clips, read_captions, read_text
+from clip_files import MAX_FRAMES
+from folders import TABLES, decode_once, find_clips, loose_name, read_captions, read_text
 from runs import InputError
 
 
@@ -27,13 +29,13 @@ def sample_frames(total: int, rate: float, frames: int, rng: np.random.Generator
 
     Of a video of `total` frames at `rate` a second every stride-th is taken, so v = rate / stride.
     The stride is uniform among those of 1 .. 6 that fit, or, given `fps`, the one nearest to rate /
-    fps that fits; then the start is uniform. Raises InputError if total < frames. Source: paper
-    §3.2, FPS (a random part, uniform frames, v); that the stride is whole, and at most 6 unless
-    asked, is ours.
+    fps that fits; then the start is uniform. Every stride fits a single frame. Raises InputError if
+    total < frames. Source: paper §3.2, FPS (a random part, uniform frames, v); that the stride is
+    whole, and at most 6 where no `fps` is given, is ours.
     """
     if total < frames:
         raise InputError(f"{total} frames of {frames}: use a longer video or fewer --frames")
-    longest = (total - 1) // (frames - 1) if frames > 1 else 6
+    longest = (total - 1) // (frames - 1) if frames > 1 else math.inf
     if fps is None:
         stride = int(rng.integers(min(longest, 6))) + 1
     else:
@@ -53,16 +55,16 @@ class ClipDataset(torch.utils.data.Dataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw every item anew, as torch's DistributedSampler has it."""
+        """Choose the epoch; every epoch cuts each clip differently."""
         self.epoch = epoch
 
     def rng(self, *item: int) -> np.random.Generator:
-        """Make the generator of an item."""
+        """Make the random generator of an item in this epoch."""
         return np.random.default_rng([self.seed % 2**32, self.epoch, *item])
 
 
 # --------------------------------------------------------------------------------------------------
-# The embedded data set: one object on a dark plain background
+# The built-in data set: one object on a dark plain background
 
 COLORS = {
     "red": (1, 0, 0), "orange": (1, 0.5, 0), "yellow": (1, 1, 0), "green": (0, 1, 0),
@@ -176,13 +178,13 @@ def draw_shape(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.nda
 class ClipFolder(ClipDataset):
     """Clips of a folder (ours): [i] -> {"video": (f, 3, size, size), "caption": str, "fps": float}.
 
-    A clip is an animation, a video, or a folder of numbered images at 8 a second, at any depth; its
-    centre square is resized. Captions are those of `read_captions`; "" trains the unconditional
+    A clip is an animation, a video, or a folder of numbered pictures at 8 a second, at any depth;
+    its centre square is resized. Captions are those of `read_captions`; "" trains the unconditional
     branch.
 
-    Every clip is decoded once, to `store`, a folder that later runs on the same files reuse, or to
-    a temporary file. `notes` says what was read. Raises InputError that names every clip that is
-    unreadable or shorter than `frames`, unless `skip_unusable`.
+    Every clip is decoded once, to `store`, a folder that later runs reuse, or to a temporary file.
+    `notes` says what was read. Raises InputError that names every clip that cannot be read or is
+    shorter than `frames`, unless `skip_unusable` leaves them out.
     """
 
     def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0,
@@ -191,31 +193,38 @@ class ClipFolder(ClipDataset):
         super().__init__(frames, size, seed, fps)
         if max_frames < frames:
             raise InputError(f"--max-frames {max_frames}: a clip has {frames}; give more")
-        clips, others = find_clips(Path(path))
-        self.names = [clip.relative_to(path).as_posix() for clip in clips]
-        self.all_names = self.names
-        self.captions, others = read_captions(clips, others)
-        self.pixels, self.clips, place = decode_once(path, clips, size, store, max_frames)
-        good = [i for i, (_, total, _) in enumerate(self.clips) if total >= frames]
-        bad = [f"{name}: {f'{total} of {frames} frames' if total else reason}"
-               for name, (_, total, reason) in zip(self.names, self.clips) if total < frames]
+        path = Path(path)
+        found, others, passed_over = find_clips(path)
+        captions, others, notes = read_captions(path, found, others)
+        self.all_names = [clip.relative_to(path).as_posix() for clip in found]
+        self.pixels, decoded, place = decode_once(path, found, size, store, max_frames)
+
+        good = [i for i, clip in enumerate(decoded) if clip.total >= frames]
+        bad = [f"{name}: {clip.problem or f'{clip.total} of {frames} frames'}"
+               for name, clip in zip(self.all_names, decoded) if clip.total < frames]
         if bad and not (skip_unusable and good):
-            raise InputError(f"{path}: {len(bad)} of {len(clips)} clips cannot be used: "
+            raise InputError(f"{path}: {len(bad)} of {len(found)} clips cannot be used: "
                              f"{'; '.join(bad)}; replace or remove them, lower --frames, or add "
                              f"--skip-unusable")
-        vars(self).update(vars(self.subset(good)))
-        folders = sum(clip.is_dir() for clip in clips)
+        self.names = [self.all_names[i] for i in good]
+        self.captions = [captions[i] for i in good]
+        self.clips = [decoded[i] for i in good]
+
+        folders = sum(os.path.isdir(found[i]) for i in good)
         self.notes = [f"{path}: {len(good)} clips ({folders} folders of pictures), decoded once to "
                       f"{place} ({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files "
                       f"passed over"]
-        self.notes += [f"left out: {reason}" for reason in bad]
-        if long := sum(clip[1] == max_frames for clip in self.clips):
+        if passed_over:
+            self.notes[0] += f", and {len(passed_over)} hidden files or folders of runs"
+        if bad:
+            self.notes[0] += f"; {len(bad)} clips left out"
+        self.notes += [f"left out: {reason}" for reason in bad] + notes
+        if long := sum(clip.total == max_frames for clip in self.clips):
             self.notes.append(f"of {long} clips the first {max_frames} frames are used; "
                               f"--max-frames changes that")
-        unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)
-                  and not file.with_suffix(".u8").exists()]  # a store's own
+        unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)]
         if unread and "" in self.captions:
-            self.notes.append(f"{unread[0]}: read for no caption; they come from metadata.csv, "
+            self.notes.append(f"{unread[0]}: not used for captions; they come from metadata.csv, "
                               f"columns file_name and text, or from NAME.txt")
 
     def __len__(self) -> int:
@@ -223,9 +232,9 @@ class ClipFolder(ClipDataset):
 
     def __getitem__(self, i: int) -> dict:
         i = range(len(self))[i]
-        start, total, rate = self.clips[i]
-        indices, fps = sample_frames(total, rate, self.frames, self.rng(i), self.fps)
-        video = torch.from_numpy(self.pixels[start + indices])  # (f, h, w, 3)
+        clip = self.clips[i]
+        indices, fps = sample_frames(clip.total, clip.rate, self.frames, self.rng(i), self.fps)
+        video = torch.from_numpy(self.pixels[clip.start + indices])  # (f, h, w, 3)
         video = video.permute(0, 3, 1, 2) / 127.5 - 1  # (f, 3, h, w)
         return {"video": video.contiguous(), "caption": self.captions[i], "fps": fps}
 
@@ -237,20 +246,34 @@ class ClipFolder(ClipDataset):
         return chosen
 
     def split(self, held_out_file: str = "") -> tuple["ClipFolder", "ClipFolder"]:
-        """Part clips to train on from those held out: every tenth, or those named in a file."""
-        held_out = {*(range(len(self))[9::10] or range(len(self))[-1:])}
+        """Part the clips to train on from those held out: every tenth, or those named in a file.
+
+        Of three to nine clips the last one is held out. One or two are all trained on, and stand in
+        for the clips held out, which a note says.
+        """
+        every = range(len(self))
+        held_out = {*every[9::10]}
+        if 2 < len(self) < 10:
+            held_out = {len(self) - 1}
         if held_out_file:
-            lines = read_text(Path(held_out_file)).split("\n")
-            names = {line.strip() for line in lines} - {""}
-            held_out = {i for i, name in enumerate(self.names) if name in names}
-            if unknown := names - {*self.all_names}:
-                raise InputError(f"--held-out {held_out_file}: {min(unknown)!r} is no clip of this "
-                                 f"folder; correct it")
+            known = {loose_name(name): name for name in self.all_names}
+            known |= {name: name for name in self.all_names}
+            names = set()
+            for line in read_text(Path(held_out_file)).split("\n"):
+                if line := line.strip():
+                    names.add(known.get(line) or known.get(loose_name(line)))
+                    if None in names:
+                        raise InputError(f"--held-out {held_out_file}: {line!r:.100} is no clip of "
+                                         f"this folder; correct it")
+            held_out = {i for i in every if self.names[i] in names}
             if not 0 < len(held_out) < len(self):
                 raise InputError(f"--held-out {held_out_file}: names {len(held_out)} of "
                                  f"{len(self)} clips; name some of them, one a line")
-        trained = {*range(len(self))} - held_out or held_out
-        return self.subset(sorted(trained)), self.subset(sorted(held_out))
+        trained = self.subset([i for i in every if i not in held_out])
+        if not held_out:
+            trained.notes = [*self.notes, f"{len(self)} clips are too few to hold one out: the "
+                             f"held-out loss and pictures are of the clips that are trained on"]
+        return trained, self.subset(sorted(held_out) or [*every])
 
 
 def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier: int = 1,
@@ -260,6 +283,8 @@ def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier:
     Of shapes those of split "test" are held out; of a folder see `ClipFolder` and its `split`.
     """
     if name == "shapes":
+        if os.path.isdir(name) and os.environ.get("RANK", "0") == "0":
+            print("--data shapes: the built-in shapes; for the folder of that name give ./shapes")
         return (ShapesDataset("train", frames, size, seed, rate_multiplier=rate_multiplier),
                 ShapesDataset("test", frames, size, seed, rate_multiplier=rate_multiplier))
     return ClipFolder(name, frames, size, seed, **of_folder).split(held_out)

@@ -77,7 +77,7 @@ def config_of(values: dict) -> MagicVideoConfig:
 
 VERSION = 1  # of the format of files
 # what sizes and weights that do not fit each other make of building a model
-DAMAGE = (AttributeError, KeyError, TypeError, ValueError, RuntimeError, MemoryError,
+DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, MemoryError,
           OverflowError, ZeroDivisionError)
 
 

@@ -18,13 +18,19 @@ SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "shapes.pt"
 MAX_FPS = {".gif": 50, ".webp": 90, ".png": 90, ".mp4": 1000}  # shorter delays count as 100 ms
 
 
-def newest_model() -> Path:
-    """Return the newest model under runs/, else the shipped one. InputError if there is none."""
-    models = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-    models = models or [path for path in [SHIPPED] if path.is_file()]
-    if not models:
-        raise InputError("no model under runs/: run python train.py, or name one with --checkpoint")
-    return models[-1]
+def load_newest(device: torch.device) -> tuple[Path, MagicVideo]:
+    """Load the newest model under runs/, else the shipped one. InputError if there is none.
+
+    Files of that name that are no models of ours are passed over, and named.
+    """
+    runs = [path for path in Path("runs").glob("*/model.pt") if path.is_file()]
+    for path in [*sorted(runs, key=os.path.getmtime, reverse=True), SHIPPED]:
+        try:
+            return path, MagicVideo.load(path, device)
+        except InputError as error:
+            if path.is_file():
+                print(f"passed over: {error}")
+    raise InputError("no model under runs/: run python train.py, or name one with --checkpoint")
 
 
 def read_flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,18 +53,15 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     if suffix not in MAX_FPS:
         raise InputError(f"--out {flags.out}: end its name in {', '.join(MAX_FPS)}")
     check_writable(Path(flags.out))
-    if suffix == ".mp4":
-        try:
-            import av  # noqa: F401
-        except ImportError as error:
-            raise InputError(f"--out {flags.out}: pip install av, or choose .gif") from error
     most_fps = MAX_FPS[suffix] / (4 if flags.interpolate else 1)
     for name, low, high in (("fps", 0.1, most_fps), ("steps", 1, 1000),
                             ("guidance", -1000, 1000), ("seed", 0, 2**32 - 1)):
         value = getattr(flags, name)
         if value is not None and not low <= value <= high:
-            place = f" for {suffix}{' with --interpolate' * flags.interpolate}" * (name == "fps")
-            raise InputError(f"--{name} {value}: give {low} to {high:.10g}{place}")
+            if name == "fps":
+                with_network = " with --interpolate" if flags.interpolate else ""
+                raise InputError(f"--fps {value}: give {low} to {high} for {suffix}{with_network}")
+            raise InputError(f"--{name} {value}: give {low} to {high}")
     if flags.sampler not in SAMPLERS:
         raise InputError(f'--sampler "{flags.sampler}": use {" or ".join(SAMPLERS)}')
     return flags
@@ -68,8 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Sample every prompt: key frames, and from these what is asked for; write one clip."""
     flags = read_flags(arguments)
     started = time.time()
-    checkpoint = Path(flags.checkpoint) if flags.checkpoint else newest_model()
-    model = MagicVideo.load(checkpoint, pick_device(flags.device))
+    device = pick_device(flags.device)
+    if flags.checkpoint:
+        checkpoint, model = Path(flags.checkpoint), MagicVideo.load(flags.checkpoint, device)
+    else:
+        checkpoint, model = load_newest(device)
     if model.device.type == "cuda":
         model.unet.bfloat16()  # a quarter faster than autocast, and half the memory
     print(f"model: {checkpoint}")
@@ -77,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         ids = model.tokenizer.encode(prompt)
         read = ids[: model.tokenizer.context_length - 2]
         if len(read) < len(ids):
-            print(f'the prompt is too long, of it is read: "{model.tokenizer.decode(read)}"')
+            used = model.tokenizer.decode(read)
+            print(f'the prompt is too long; only this part is used: "{used:.200}"')
     for stage in ("interpolate", "upscale"):
         if getattr(flags, stage) and stage not in model.cascade:
             raise InputError(f"--{stage}: {checkpoint} has no such network; train it: python "
@@ -85,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.interpolate and model.config.unet.frames < 2:
         raise InputError("--interpolate: this model makes single frames; use one of two or more")
 
-    latents = model.sample(flags.prompts, flags.fps, flags.steps or model.config.steps,
-                           flags.guidance, flags.sampler, flags.seed, decode=False)
+    latents = model.sample(flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler,
+                           flags.seed, decode=False)
     fps = flags.fps
     if flags.interpolate or flags.upscale:
         import cascade

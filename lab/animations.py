@@ -6,12 +6,13 @@ names of the package emoji: gender, occupation and skin tone combine. See docs/o
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from runs import run_command
+from runs import InputError, run_command
 
 GENDERS = ("man", "woman", "person")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="folder of the unpacked packages")
     parser.add_argument("out", type=Path, help="a new folder")
     flags = parser.parse_args(arguments)
+    if os.path.lexists(flags.out):
+        raise InputError(f"{flags.out}: is there already; remove it, or name a new folder")
     names = {}
     for text, entry in emoji.EMOJI_DATA.items():
         code = "-".join(f"{ord(letter):04x}" for letter in text)
@@ -51,6 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         with Image.open(path) as image:
             if image.n_frames > 1 and path.stem in names:
                 clips[path] = names[path.stem]
+    if not clips:
+        raise InputError(f"{flags.source}: no animations of the four packages in it; unpack them "
+                         f"there")
     flags.out.mkdir(parents=True)
     held_out = held_out_captions([*clips.values()])
     rows = []

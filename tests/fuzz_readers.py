@@ -28,7 +28,7 @@ import data  # noqa: E402
 from clip_text import Tokenizer  # noqa: E402
 from conftest import small_model  # noqa: E402
 from magicvideo import MagicVideo  # noqa: E402
-from runs import load_checkpoint, save_checkpoint  # noqa: E402
+from runs import InputError, load_checkpoint, save_checkpoint  # noqa: E402
 from clip_files import write_clip  # noqa: E402
 from stable_diffusion import read_json, read_weights  # noqa: E402
 
@@ -102,7 +102,7 @@ def try_file(folder: Path, files: dict[str, bytes], name: str, content: bytes) -
         else:
             assert data.ClipFolder(folder, frames=2, size=16)[0]
         return "read"
-    except data.InputError as error:
+    except InputError as error:
         return "refused" if "\n" not in str(error) else f"not one line: {error!r}"
     except ValueError as error:  # the callers of Tokenizer.from_clip make an InputError of it
         is_line = name == "merges.txt" and "\n" not in str(error)

@@ -242,9 +242,9 @@ def test_a_folder_of_clips_is_described_and_what_does_not_change_a_run_may_chang
     Path("clips").rename("moved")
     train.main(["--resume", "--out", "run", "--data", "moved/", "--save-every", "7",
                 "--device", "cpu"])
-    assert equal(finished, weights("run")) and len([*Path("runs/frames").glob("*.u8")]) == 1
+    assert equal(finished, weights("run")) and len([*Path("runs/frames").glob("*.u8")]) == 2
     Path("moved/0.gif").unlink()
-    with pytest.raises(InputError, match="--data moved: its clips are not those"):
+    with pytest.raises(InputError, match="--data moved: these are not the clips this run"):
         train.main(["--resume", "--out", "run", "--data", "moved", "--device", "cpu"])
 
 
@@ -573,8 +573,8 @@ def test_where_processes_are_stopped_none_leaves_before_the_run_is_saved():
     done = subprocess.run([sys.executable, "slow.py", *SHORT, "--stage", "vae", "--vae-steps", "99",
                            "--out", "run", "--ranks", "2"], capture_output=True, text=True,
                           timeout=600)
-    assert done.returncode == 2 and done.stdout.split()[-3:] in (["saved", "left", "left"],
-                                                                 ["saved", "left"])
+    assert done.returncode == 2 and done.stdout.split().index("left") > done.stdout.split().index(
+        "saved")
     assert load_checkpoint("run/checkpoint.pt", "magicvideo-training")["step"] in (3, 4)
 
 
