@@ -109,7 +109,7 @@ class Worker:
                     break
         try:
             status, seconds = json.loads(answer)
-            ending = f"the process ended by itself (exit status {os.waitstatus_to_exitcode(status)})"
+            ending = f"the process ended by itself (status {os.waitstatus_to_exitcode(status)})"
             if os.WIFSIGNALED(status):
                 ending = f"stopped by signal {os.WTERMSIG(status)}"
                 if seconds >= limit - 1:

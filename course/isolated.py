@@ -1,4 +1,4 @@
-"""The process in which students' files run: `course.grade` starts it and trusts nothing of it (ours).
+"""The process in which students' files run: `course.grade` starts it, and trusts nothing (ours).
 
 It imports torch once. For each request it forks a process that gives up what it can (other files,
 other processes, the network, an administrator's rights), runs the graders of an exercise, and sends

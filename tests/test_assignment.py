@@ -68,7 +68,8 @@ def test_the_handout_has_equations_questions_points_and_six_to_eight_hours():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["out", "--only", "0"], f"--only 0: 0 is no exercise; give numbers from 1 to {len(EXERCISES)}"),
+    (["out", "--only", "0"], f"--only 0: 0 is no exercise; give numbers from 1 to "
+                             f"{len(EXERCISES)}"),
     (["out", "--only", "4,"], "--only 4,: nothing is no exercise"),
     (["full"], "full: exists already; name a new or empty folder"),
     (["full/file/out"], "cannot be written .*; name another folder")])
@@ -125,11 +126,10 @@ def test_a_blank_fails_all_its_graders_and_exercise_15_and_nothing_else(worker, 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_what_does_nothing_has_no_points(worker, right, number):
-    name = assignment.find(FILES[EXERCISES[number - 1].file], EXERCISES[number - 1]).args.args
-    first = [argument.arg for argument in name if argument.arg != "self"]
+    function = assignment.find(FILES[EXERCISES[number - 1].file], EXERCISES[number - 1])
+    first = [argument.arg for argument in function.args.args if argument.arg != "self"]
     for body in ("raise ValueError", f"return {(first or [None])[0]}", "return None"):
-        files = mistakes.change(number, f"{' ' * 4 * (1 + (EXERCISES[number - 1].name[0].isupper()))}"
-                                f"{body}")
+        files = mistakes.change(number, " " * function.body[0].col_offset + body)
         assert all(verdicts(worker, right, files, number).values()), body
 
 
@@ -168,8 +168,9 @@ for place in ("unet3d", "cheat"):
     FrameAdaptor.forward = module.FrameAdaptor.forward""",
     "reads it by a path of torch's": f"""
 import torch
-text = bytes(torch.from_file("{ROOT}/unet3d.py", size=20000, dtype=torch.uint8).tolist()).decode()
-scope = {{"__name__": "cheat"}}; exec(text, scope); FrameAdaptor.forward = scope["FrameAdaptor"].forward""",
+text = bytes(torch.from_file("{ROOT}/unet3d.py", size=9999, dtype=torch.uint8).tolist()).decode()
+scope = {{"__name__": "cheat"}}; exec(text[: text.index("class DirectedT")], scope)
+FrameAdaptor.forward = scope["FrameAdaptor"].forward""",
     "finds it by /proc": """
 import glob, os
 for path in glob.glob("/proc/[0-9]*/cwd/unet3d.py"):
@@ -178,7 +179,7 @@ for path in glob.glob("/proc/[0-9]*/cwd/unet3d.py"):
     "reads other submissions": """
 import glob
 for path in glob.glob("{out}/*/unet3d.py"):
-    if "cheat" not in path:
+    if "/cheat/" not in path:
         scope = {"__name__": "cheat"}; exec(open(path).read(), scope)
         FrameAdaptor.forward = scope["FrameAdaptor"].forward""",
     "replaces the graders": """
@@ -214,7 +215,7 @@ for _ in range(99):
 subprocess.Popen(["sleep", "99"])""",
     "changes the tests": f"""
 import pathlib, shutil
-for path in ("{ROOT}/tests/test_exercises.py", "tests/test_exercises.py", "{{out}}/right/unet3d.py"):
+for path in ("{ROOT}/tests/test_exercises.py", "test_exercises.py", "{{out}}/right/unet3d.py"):
     try: open(path, "a").write("# changed")
     except OSError: pass
 shutil.rmtree("{ROOT}/course", ignore_errors=True)""",
@@ -237,7 +238,6 @@ while True:
     for pipe in range(3, 20):
         try: os.write(pipe, b"x" * 10**6)
         except OSError: pass""",
-    "takes another library's": "import diffusers",
 }
 
 
@@ -364,7 +364,8 @@ def test_the_bundle_for_gradescope_grades_by_itself(tmp_path):
     with zipfile.ZipFile(tmp_path / "out.zip") as bundle:
         bundle.extractall(tmp_path / "source")
         modes = {info.filename: info.external_attr >> 16 for info in bundle.infolist()}
-    assert modes["setup.sh"] == modes["run_autograder"] == 0o755 and "course/answers.md" not in modes
+    assert modes["setup.sh"] == modes["run_autograder"] == 0o755
+    assert "course/answers.md" not in modes
     (tmp_path / "submission").mkdir()
     (tmp_path / "submission/unet3d.py").write_text(FILES["unet3d.py"])
     (tmp_path / "results").mkdir()

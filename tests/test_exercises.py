@@ -93,7 +93,7 @@ def refuses(says: str, errors: type | tuple, function: Callable, *inputs) -> Non
 
 
 def plain(found):
-    """Return a tensor's shape and numbers, or what else JSON holds: nothing that has own methods."""
+    """Return a tensor's shape and numbers, or what else JSON holds: nothing with own methods."""
     if isinstance(found, Tensor):
         x = torch.Tensor.detach(found).double()
         return {"shape": [*x.shape], "values": x.flatten().tolist()}
@@ -643,8 +643,9 @@ def guided(says: str, form: str, scale: float, with_fps: bool) -> Case:
         return found
 
     # the order of a weighted sum makes a difference of s steps of a half type
-    return Case(says, guide, half=10 + 4 * abs(scale), **latents(form, "z"), t=timesteps(form, 1, 999),
-                context=randn(b, 5, 3, seed=3), uncond=randn(b, 5, 3, seed=4),
+    return Case(says, guide, half=10 + 4 * abs(scale), **latents(form, "z"),
+                t=timesteps(form, 1, 999), context=randn(b, 5, 3, seed=3),
+                uncond=randn(b, 5, 3, seed=4),
                 fps=torch.tensor([4.0, 8.0, 12.0])[:b] if with_fps else None)
 
 
@@ -703,7 +704,8 @@ def adaptor(frames: int, channels: int) -> nn.Module:
 def adapted(says: str, *shape: int, **weights) -> Case:
     channels = shape[2] if len(shape) == 5 else shape[3]
     axes = "(b, f, c, h, w)" if len(shape) == 5 else "tokens (b, f, n, c)"
-    return Case(f"{says}, z {axes} = {shape}", adaptor(shape[1], channels), z=randn(*shape), **weights)
+    return Case(f"{says}, z {axes} = {shape}", adaptor(shape[1], channels), z=randn(*shape),
+                **weights)
 
 
 def adaptor_cases(*shapes: tuple) -> Iterator[Case]:
@@ -1006,7 +1008,7 @@ CUTS = {  # property -> total, rate, frames, fps
                                                   (40, 12.0, 5, None), (17, 8.0, 3, None)],
     "of as many frames as wanted there is one cut": [(8, 24.0, 8, None), (16, 30.0, 16, 5.0)],
     "a single frame, every stride fits": [(1, 8.0, 1, None), (9, 8.0, 1, None),
-                                          (50, 10.0, 1, 5.0)],
+                                          (50, 10.0, 1, 5.0), (100, 24.0, 1, 1.0)],
     "with fps the stride is round(rate / fps)": [(60, 24.0, 8, 24.0), (60, 24.0, 8, 8),
                                                  (60, 24.0, 8, 7.0), (99, 30.0, 4, 16.0)],
     "the nearest stride, not the nearest rate": [(90, 24.0, 8, 9.9), (90, 30.0, 8, 21.0),
@@ -1110,7 +1112,7 @@ def averaged(says: str, decay: float, steps: int) -> None:
             p.data += randn(*p.shape, seed=100 * n + i)
         call(says, ema.update)
         for i, average in enumerate(ema.shadow):
-            same(f"{says}: average {i + 1} of {len(weights)} after step {n}, decay {decay}", average)
+            same(f"{says}: average {i + 1} of {len(weights)} after step {n}, d = {decay}", average)
 
 
 @grader
@@ -1191,7 +1193,8 @@ def sampled(says: str, sampler: str, eta: float, guidance: float) -> None:
     with torch.no_grad():
         context, uncond = (call(says, model.encode_text, texts) for texts in (prompts, [""]))
         z = call(says, model.diffusion.sample, model.unet, shape, context, uncond,
-                 torch.tensor([8.0]), sampler, 3, guidance, eta, torch.Generator().manual_seed(SEED))
+                 torch.tensor([8.0]), sampler, 3, guidance, eta,
+                 torch.Generator().manual_seed(SEED))
     same(f"three steps of {says}: every other latent", z[..., ::2, ::2], within=1e-3)
 
 
