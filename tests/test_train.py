@@ -145,7 +145,7 @@ def test_model_pt_written_in_the_middle_of_stage_vae_has_its_measured_scale(monk
     assert len(seen) == 3 and 0.18215 not in seen
     model = MagicVideo.load("vae")
     clips = ShapesDataset("train", 4, 32)
-    z = torch.cat([model.encode(clips[i]["video"][None]) for i in range(64)])
+    z = torch.cat([model.encode(item["video"][None]) for item in stages.spread(clips, 64)])
     assert z.std().item() == pytest.approx(1, abs=0.05)
 
 
