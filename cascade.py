@@ -5,13 +5,12 @@ pixels. Both are the U-Net of `unet3d.py` under diffusion again, with a concaten
     Upscaler       a noisy residual in pixels; condition: bicubic upsampling of the small frame
 
 The paper says that they exist, and little more: sizes, inputs and losses are ours. Both begin
-sampling at pure noise and predict v (`tiny.VDiffusion`), since they sample in a few steps. Read
-`train.py` next.
+sampling at pure noise and predict v (`tiny.VDiffusion`), since they sample in a few steps. Their
+losses take the random numbers of a step from `draw`, a `stages.Draw`. Read `stages.py` next.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -79,15 +78,15 @@ class Interpolator(nn.Module):
         weights["conv_in.weight"] = torch.cat([conv_in, zeros, zeros], dim=1)
         self.unet.load_state_dict(weights)
 
-    def loss(self, z0: Tensor, context: Tensor, fps: Tensor, t: Tensor, random: Callable) -> Tensor:
-        """Return the diffusion loss of the frames between, (b,); `random` is train.py's.
+    def loss(self, z0: Tensor, context: Tensor, fps: Tensor, t: Tensor, draw) -> Tensor:
+        """Return the diffusion loss of the frames between two key frames, (b,) (ours).
 
-        z0 (b, 5, 4, h, w) are five frames in a row, the first and last of them key frames, at `fps`
-        (b,) a second. The network is told the key frames' rate (ours).
+        z0 (b, 5, 4, h, w) are five frames in a row at `fps` (b,) a second, the first and the last
+        of them key frames; t (b,). The network is told the key frames' rate.
         """
         network = with_condition(self.unet, adjacent_key_frames(z0[:, [0, -1]]))
         z0 = z0[:, 1:-1]
-        eps = random(torch.randn, *z0.shape[1:]).to(z0)
+        eps = draw.normal(*z0.shape[1:]).to(z0)
         return self.diffusion.loss(network, z0, context, fps / (NEW_FRAMES + 1), t, eps)
 
     @torch.no_grad()
@@ -102,17 +101,18 @@ class Interpolator(nn.Module):
         if f < 2 or len(context) != b:
             raise ValueError(f"{f} key frames, {len(context)} texts for {b} clips: give two key "
                              f"frames or more, and a text for each clip")
-        gaps = f - 1
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
-        generators = [generator for generator in generators for _ in range(gaps)]
-        context = context.repeat_interleave(gaps, 0)
-        rate = torch.full((b * gaps,), float(fps), device=keys.device)
-        network = with_condition(self.unet, adjacent_key_frames(keys))
-        shape = (b * gaps, NEW_FRAMES, c, h, w)
-        new = self.diffusion.sample(network, shape, context, context, rate, steps=steps,
-                                    guidance=1.0, generator=generators)
-        rows = torch.cat([keys[:, :-1, None], new.unflatten(0, (b, gaps))], dim=2)
-        return torch.cat([rows.flatten(1, 2), keys[:, -1:]], dim=1)  # (b, 4f-3, c, h, w)
+        clips = []
+        for i in range(b):  # clip by clip: each has f - 1 gaps, the batch of the network
+            pairs = adjacent_key_frames(keys[i : i + 1])  # (f-1, 3, 2c, h, w)
+            text = context[i : i + 1].expand(f - 1, -1, -1)
+            rate = torch.full((f - 1,), float(fps), device=keys.device)
+            generator = torch.Generator().manual_seed(seed + i)
+            new = self.diffusion.sample(with_condition(self.unet, pairs),
+                                        (f - 1, NEW_FRAMES, c, h, w), text, text, rate,
+                                        steps=steps, guidance=1.0, generator=[generator] * (f - 1))
+            rows = torch.cat([keys[i, :-1, None], new], dim=1)  # (f-1, 4, c, h, w)
+            clips.append(torch.cat([rows.flatten(0, 1), keys[i, -1:]]))  # (4f-3, c, h, w)
+        return torch.stack(clips)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class UpscaleUNet(UNet3D):
     def forward(self, z: Tensor, t: Tensor, context: Tensor, level: Tensor) -> Tensor:
         """z (b, f, 6, h, w), t and level (b,), context (b, l, d) -> v_hat (b, f, 3, h, w)."""
         emb = self.time_embedding(t) + self.level_embedding(level)  # (b, 4c)
-        return self.layers(z, emb[:, None], context, video=False)
+        return self.run_levels(z, emb[:, None], context, video=False)
 
 
 class Upscaler(nn.Module):
@@ -166,17 +166,16 @@ class Upscaler(nn.Module):
             model.config.unet, in_channels=6, out_channels=3, channels=channels,
             attention=(False,) * len(channels), frames=0))
 
-    def loss(self, frames: Tensor, context: Tensor, fps: Tensor, t: Tensor,
-             random: Callable) -> Tensor:
-        """Return the diffusion loss of crops of frames (b, 1, 3, 4h, 4w), (b,), without fps.
+    def loss(self, frames: Tensor, context: Tensor, fps: Tensor, t: Tensor, draw) -> Tensor:
+        """Return the diffusion loss of random crops of frames (b, 1, 3, 4h, 4w), (b,) (ours).
 
-        Crops have 1/4 of the side; `random` is train.py's.
+        A crop has 1/4 of the side of its frame; t (b,); `fps` tells nothing of single frames.
         """
         side = frames.shape[-1] // SCALE  # of a crop, and of the small frame
-        eps = random(torch.randn, 1, 3, side, side).to(frames)
-        noise = random(torch.randn, 1, 3, side, side).to(frames)
-        level = random(partial(torch.randint, MAX_AUG_LEVEL))  # (b,)
-        corners = random(partial(torch.randint, frames.shape[-1] - side + 1), 2)  # (b, 2)
+        eps = draw.normal(1, 3, side, side).to(frames)
+        noise = draw.normal(1, 3, side, side).to(frames)
+        level = draw.integers(MAX_AUG_LEVEL)  # (b,)
+        corners = draw.integers(frames.shape[-1] - side + 1, 2)  # (b, 2)
         low = upsample_bicubic(self.diffusion.add_noise(downsample(frames), noise, level))
         crops = []
         for pair, (top, left) in zip(torch.cat([frames, low], dim=2), corners.tolist()):

@@ -1,15 +1,17 @@
-"""CLIP's text side, exactly (Radford et al. 2021): a caption in, one vector per token out.
+"""CLIP's text encoder (Radford et al. 2021): a caption goes in, one vector per token comes out.
 
-Tokenizer first, then the transformer. The paper (§3) takes CLIP over, frozen; both can also be
-trained from nothing, at any size (ours). In `unet3d.py` every frame reads the vectors by
-cross-attention. Read `magicvideo.py` next: all parts assembled into one model.
+The tokenizer comes first, then the transformer; both give exactly what CLIP gives. The paper (§3)
+takes both over and keeps them frozen; here they can also be trained from scratch, at any size
+(ours). In `unet3d.py` every frame reads the vectors by cross-attention. Read `magicvideo.py` next:
+it assembles all parts into one model.
 """
 
 import gzip
+import heapq
 import html
 import json
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +44,14 @@ CLIP_MERGES = 49408 - 512 - 2  # OpenAI's file lists 262,144 merges; CLIP uses t
 CLIP_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt",
               "tokenizer.json")
 
-# A word is an English ending ('s, 'll), a run of letters, a single digit, or a run of anything
-# else.
+# A word is an English ending ('s, 'll), a run of letters, a single digit, or a run of other
+# characters that are not white space. START and END, written out, are words too.
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
                      r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 # Merges are kept as text, so every byte needs a printable character: the 188 printable Latin-1
-# bytes stand for themselves and come first, the other 68 (space, control bytes) borrow those from
-# 256 on.
+# bytes stand for themselves and come first, the other 68 (space, control bytes) borrow the
+# characters from 256 on.
 _printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
               *range(ord("®"), ord("ÿ") + 1)]
 _others = [byte for byte in range(256) if byte not in _printable]
@@ -62,7 +64,8 @@ def split_words(text: str) -> list[str]:
     """Split text into cleaned, lower-case words, each byte one printable character (matches CLIP).
 
     Cleaning repairs broken Unicode (curly quotes and full-width letters turn plain), undoes HTML
-    escapes twice, as web captions are often escaped twice, and makes white space single blanks.
+    escapes twice, as web captions are often escaped twice, and turns each run of white space into
+    one blank.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = regex.sub(r"\s+", " ", text).strip().lower()
@@ -81,11 +84,53 @@ def join_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-class Tokenizer:
-    """Captions to token ids and back, by a list of merges (paper §3; matches CLIP, padding SD).
+def learn_merges(counts: dict[str, int], limit: int) -> list[tuple[str, str]]:
+    """Learn merges: join the most frequent pair of neighbours, again and again (Sennrich 2016).
 
-    merges: pairs of symbols in the order learned, all there is to save.
-    Raises ValueError for a merge of unknown symbols, or into one that is there already.
+    `counts` says how often each word occurs. Of equally frequent pairs the alphabetically first is
+    joined. Returns at most `limit` pairs, fewer if every word has become one symbol.
+    """
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
+    pairs = Counter()  # how often each pair occurs
+    holders = defaultdict(set)  # the words that hold a pair, or held it earlier
+    for word, symbols in words.items():
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += counts[word]
+            holders[pair].add(word)
+    # Counting all pairs again after each merge would take minutes. A merge changes only the words
+    # that hold its pair, so only these are counted again. The heap gives the most frequent pair
+    # first. A pair whose count changes enters the heap again; its older entries are skipped.
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < limit:
+        count, best = heapq.heappop(heap)
+        if -count != pairs[best]:
+            continue  # an older entry
+        merges.append(best)
+        changed = set()
+        for word in holders.pop(best):
+            before = words[word]
+            words[word] = join_pair(before, best)
+            change = Counter(zip(words[word], words[word][1:]))
+            change.subtract(zip(before, before[1:]))
+            for pair, difference in change.items():
+                if difference != 0:
+                    pairs[pair] += difference * counts[word]
+                    holders[pair].add(word)
+                    changed.add(pair)
+        for pair in changed:
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+    return merges
+
+
+class Tokenizer:
+    """Turn captions into token ids and back, by a list of merges (paper §3; matches CLIP).
+
+    merges: pairs of symbols in the order in which they were learned; nothing else needs saving.
+    context_length: how many ids a row has.
+    Raises ValueError for a merge that does not join two known symbols into a new one.
     """
 
     def __init__(self, merges: list[tuple[str, str]], context_length: int = 77):
@@ -93,7 +138,8 @@ class Tokenizer:
         known = set(symbols)
         for left, right in merges:
             if left not in known or right not in known or left + right in known:
-                raise ValueError(f"{left[:9]!r} + {right[:9]!r}: no new symbol of two known ones")
+                raise ValueError(f"{left[:9]!r} + {right[:9]!r}: a merge must join two known "
+                                 "symbols into a new one")
             symbols.append(left + right)
             known.add(left + right)
         symbols += [START, END]
@@ -110,7 +156,7 @@ class Tokenizer:
     def from_clip(cls, path: str | Path, context_length: int = 77) -> "Tokenizer":
         """Read bpe_simple_vocab_16e6.txt[.gz], merges.txt, tokenizer.json, or a folder with one.
 
-        Raises FileNotFoundError for a missing file, and ValueError for one that is not a list of
+        Raises FileNotFoundError if there is no such file, and ValueError if it is not a list of
         merges.
         """
         path = Path(path)
@@ -120,7 +166,7 @@ class Tokenizer:
         file = files[0]
         try:
             raw = file.read_bytes()
-            if file.suffix == ".json":  # of transformers 5; a merge is "a b" or ["a", "b"]
+            if file.suffix == ".json":  # transformers 5 writes it; a merge is "a b" or ["a", "b"]
                 merges = json.loads(raw)["model"]["merges"]
                 pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
             else:
@@ -134,33 +180,19 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: list[str], vocab_size: int, context_length: int = 77) -> "Tokenizer":
-        """Learn merges from captions: small data needs no 49,408 symbols (ours; Sennrich 2016).
+        """Learn merges from captions: small data needs fewer symbols than CLIP's 49,408 (ours).
 
-        Of equally frequent pairs the alphabetically first is merged. Words never merge with each
-        other, so the vocabulary is smaller once every word is one symbol. Raises ValueError below
-        514.
+        No merge crosses the border of a word, so the vocabulary ends smaller than `vocab_size` once
+        every word is one symbol. Raises ValueError if `vocab_size` is below 514.
         """
         if vocab_size < 514:
             raise ValueError(f"vocab_size {vocab_size}: give 514 (bytes, start, end) or more")
         counts = Counter(word for caption in captions for word in split_words(caption))
         counts = {word: n for word, n in counts.items() if word not in (START, END)}
-        words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
-        merges = []
-        while len(merges) < vocab_size - 514:
-            pairs = Counter()
-            for word, symbols in words.items():
-                for pair in zip(symbols, symbols[1:]):
-                    pairs[pair] += counts[word]
-            if not pairs:
-                break  # every word is one symbol
-            most = max(pairs.values())
-            best = min(pair for pair, count in pairs.items() if count == most)
-            merges.append(best)
-            words = {word: join_pair(symbols, best) for word, symbols in words.items()}
-        return cls(merges, context_length)
+        return cls(learn_merges(counts, vocab_size - 514), context_length)
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into its ids, any number of them, without start and end (matches CLIP)."""
+        """Turn text into ids, as many as it takes, without start and end tokens (matches CLIP)."""
         return [self._id_of[symbol] for word in split_words(text) for symbol in self._merge(word)]
 
     def _merge(self, word: str) -> list[str]:
@@ -178,7 +210,7 @@ class Tokenizer:
             symbols = join_pair(symbols, min(pairs, key=self._rank.get))
 
     def decode(self, ids: list[int]) -> str:
-        """Turn ids into text, a blank after each word; start and end tokens are dropped."""
+        """Turn ids into text, with blanks between words and without start and end tokens."""
         chars = "".join(self._symbols[n] for n in ids if n not in (self.start, self.end))
         text = bytes(CHAR_TO_BYTE[char] for char in chars).decode("utf-8", errors="replace")
         return text.replace("</w>", " ").strip()
@@ -186,8 +218,9 @@ class Tokenizer:
     def __call__(self, texts: str | list[str]) -> Tensor:
         """Turn captions into ids, int64 (b, context_length): start, the caption, then end tokens.
 
-        Captions that are too long lose their last tokens, never the end token. SD pads with the end
-        token, OpenAI's CLIP with 0; nothing masks the padding later, so it matters.
+        A caption that is too long loses its last tokens, never the end token. The padding is the
+        end token, as in SD; OpenAI's CLIP pads with 0. Nothing masks the padding later, so it
+        matters which it is.
         """
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.full((len(texts), self.context_length), self.end)
@@ -197,16 +230,41 @@ class Tokenizer:
         return tokens
 
 
+# Worked example: one caption from text to ids, with CLIP's merges.
+#
+#     text     An astronaut riding a horse on Mars
+#     words    an astronaut riding a horse on mars
+#     symbols  an</w> astronaut</w> riding</w> a</w> horse</w> on</w> mars</w>
+#     ids      550 18376 6765 320 4558 525 7496
+#     tokens   49406 550 18376 6765 320 4558 525 7496 49407 49407 ... 49407
+#
+# All these words are so frequent that each is one symbol. The row of 77 ids begins with the start
+# token and is filled up with end tokens. Now the same with three merges, learned from the caption
+# in the line "train", and with rows of 6 ids:
+#
+#     train    low low lower newest widest
+#     merges   l o, e s, es t</w>
+#     text     lowest
+#     words    lowest
+#     symbols  lo w est</w>
+#     ids      512 86 514
+#     tokens   515 512 86 514 516 516
+#
+# "l o" occurs three times and is joined first. "e s" and "s t</w>" occur twice each, and "e s" is
+# first in the alphabet. The word "lowest" was never seen: two of its symbols were learned, by the
+# first and the third merge (ids 512 and 514); "w" is a single byte. Start is 515 and end is 516.
+
+
 # --------------------------------------------------------------------------------------------------
 # The transformer: ids -> one vector per token
 #
-# Attributes bear the names of Hugging Face's CLIPTextModel: an SD 1.x `text_encoder/` loads as it
-# is.
+# Attributes keep the names of Hugging Face's CLIPTextModel, so that the weights of an SD 1.x
+# `text_encoder/` load unchanged.
 
 
 @dataclass
 class CLIPTextConfig:
-    """Sizes of the text transformer; the defaults are CLIP ViT-L/14's, as in SD 1.x."""
+    """Set the sizes of the text transformer; the defaults are CLIP ViT-L/14's, as in SD 1.x."""
 
     vocab_size: int = 49408
     context_length: int = 77
@@ -216,7 +274,7 @@ class CLIPTextConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token reads itself and those before it, x (b, l, width) -> same (matches CLIP)."""
+    """Let each token read itself and those before it: x (b, l, width) -> same (matches CLIP)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -238,7 +296,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, 4 x width between them, and quick GELU: x sigmoid(1.702 x) (as CLIP)."""
+    """Apply two linear layers with quick GELU, x * sigmoid(1.702 x), between (matches CLIP)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -251,7 +309,7 @@ class MLP(nn.Module):
 
 
 class CLIPTextLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): x (b, l, width) -> same (matches CLIP)."""
+    """Add attention(norm(x)) to x, then mlp(norm(x)): x (b, l, width) -> same (matches CLIP)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -266,10 +324,11 @@ class CLIPTextLayer(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids (b, l) -> context (b, l, width) of the cross-attention (paper §3; matches SD).
+    """Turn token ids (b, l) into context (b, l, width) for cross-attention (paper §3; matches SD).
 
-    Token embeddings start at size 1, not CLIP's 0.02: training from nothing could make two small
-    ones alike that single frames do not tell apart, such as "left" and "right" (ours).
+    Token embeddings start with standard deviation 1, not CLIP's 0.02 (ours). Single frames look
+    the same for "left" and "right", so an encoder trained on them from scratch could make the two
+    words alike if their embeddings were small.
     """
 
     def __init__(self, config: CLIPTextConfig):
@@ -277,7 +336,7 @@ class CLIPTextEncoder(nn.Module):
         self.config = config
         width = config.width
         layers = [CLIPTextLayer(width, config.heads) for _ in range(config.layers)]
-        # the nesting carries names only: text_model.embeddings.token_embedding.weight and so on
+        # the nesting only makes the names: text_model.embeddings.token_embedding.weight and so on
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({
                 "token_embedding": nn.Embedding(config.vocab_size, width),
@@ -287,10 +346,11 @@ class CLIPTextEncoder(nn.Module):
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (b, l) int64 -> context (b, l, width). Raises ValueError if l is too long."""
+        """Encode tokens (b, l), int64, as (b, l, width). Raises ValueError if l is too long."""
         length = tokens.shape[1]
         if length > self.config.context_length:
-            raise ValueError(f"{length} tokens: there are {self.config.context_length} positions")
+            raise ValueError(f"{length} tokens: the encoder has {self.config.context_length} "
+                             "positions")
         embeddings = self.text_model.embeddings
         x = embeddings.token_embedding(tokens)  # (b, l, width)
         x = x + embeddings.position_embedding.weight[:length]

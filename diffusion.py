@@ -1,6 +1,7 @@
 """Latent diffusion (paper §3.2): a fixed schedule adds noise, a network learns to predict it, and
 sampling walks back. Schedule, samplers and guidance are Stable Diffusion's, number for number; the
-paper itself states only the loss. Timesteps t are 0 .. T-1. Read `vae.py` next: what z is.
+paper itself states only the loss. Timesteps t are 0 .. T-1. Read `tiny.py` next: what the default presets
+do differently, and why.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SAMPLERS = ("ddim", "ddpm")
-Generators = torch.Generator | list[torch.Generator] | None  # a list has one for each clip
+Generators = torch.Generator | list[torch.Generator] | None  # a list holds one for each clip
 
 
 @dataclass
@@ -36,9 +37,9 @@ class Diffusion:
         self.alphas_cumprod = (1 - betas).cumprod(0).double()
 
     def alpha_bar(self, t: Tensor, after_last: float | None = None) -> Tensor:
-        """Return alpha_bar_t of t (b,) as (b, 1, 1, 1, 1), in float64 on the CPU.
+        """Return alpha_bar_t for t (b,) or (b, f) as (b, 1 or f, 1, 1, 1), in float64 on the CPU.
 
-        t = -1, after the last step, has `after_last`, by default alpha_bar_0 (matches SD's DDIM).
+        t = -1 means fully denoised: alpha_bar is `after_last`, or alpha_bar_0 (matches SD's DDIM).
         """
         t = t.cpu()
         alpha_bar = self.alphas_cumprod[t.clamp(min=0)]
@@ -52,18 +53,19 @@ class Diffusion:
         alpha_bar = self.alpha_bar(t)
         return cast(alpha_bar.sqrt(), z0) * z0 + cast((1 - alpha_bar).sqrt(), z0) * eps
 
-    def loss(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None = None,
-             t: Tensor | None = None, eps: Tensor | None = None,
-             generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, model: Callable, z0: Tensor, context: Tensor, fps: Tensor | None, t: Tensor,
+             eps: Tensor) -> Tensor:
         """Return || eps - eps_hat(z_t, t, context, fps) ||^2 of each clip: what training minimises.
 
-        z0 (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model -> (b,): means
-        over f, c, h, w. t (b,) and eps are drawn from `generator` unless given (paper §3.2).
+        z0 and eps (b, f, c, h, w), context (b, l, d), fps (b,) or None for the image model, t (b,)
+        -> (b,): means over f, c, h, w (paper §3.2).
         """
-        t = torch.randint(self.num_steps, z0.shape[:1], generator=generator) if t is None else t
-        eps = seeded_randn(z0.shape, generator).to(z0) if eps is None else eps
-        output = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
-        return (output.to(z0) - self.target(z0, eps, t)).square().mean((1, 2, 3, 4))
+        eps_hat = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
+        return (eps_hat.to(z0) - self.target(z0, eps, t)).square().mean((1, 2, 3, 4))
+
+    def loss_weight(self, t: Tensor, frames: int) -> Tensor:
+        """Return the weight of a clip at timestep t (b,) in the loss, (b,): all weigh the same."""
+        return torch.ones(len(t))
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return what the network learns to predict: eps (paper §3.2)."""
@@ -77,24 +79,32 @@ class Diffusion:
         network = partial(self.guided_output, model, context=context, uncond=uncond, fps=fps,
                           guidance=guidance)
         z = seeded_randn(shape, generator).to(context)
-        timesteps = torch.tensor([*self.timesteps(steps), -1]).expand(len(z), -1)  # (b, steps + 1)
+        timesteps = torch.tensor([*self.timesteps(steps), -1])
         for i in tqdm(range(steps), "sampling", leave=False, disable=None):
-            noise = seeded_randn(shape, generator).to(z) if sampler == "ddpm" or eta > 0 else 0 * z
-            z = self.step(network, z, timesteps[:, i], timesteps[:, i + 1], sampler, eta, noise)
+            t = timesteps[i].expand(len(z))
+            t_prev = timesteps[i + 1].expand(len(z))
+            noise = torch.zeros_like(z)
+            if sampler == "ddpm" or eta > 0:
+                noise = seeded_randn(shape, generator).to(z)
+            z = self.step(network, z, t, t_prev, sampler, eta, noise)
         return z
 
     def step(self, network: Callable, z: Tensor, t: Tensor, t_prev: Tensor, sampler: str,
              eta: float, noise: Tensor) -> Tensor:
-        """Step z_t -> z_{t_prev}, t and t_prev (b,), by `network`, a function of z and t."""
+        """Step z_t -> z_{t_prev} by `network`, a function of z and t: predict, then denoise a bit.
+
+        z (b, f, c, h, w), t and t_prev (b,) or (b, f). `tiny.py` steps only some of the frames.
+        Raises ValueError for an unknown sampler.
+        """
         output = network(z, t)
         if sampler == "ddim":
             return self.ddim_step(z, output, t, t_prev, eta, noise)
-        if sampler != "ddpm":
-            raise ValueError(f'sampler "{sampler}": use {" or ".join(SAMPLERS)}')
-        return self.ddpm_step(z, output, t, t_prev, noise)
+        if sampler == "ddpm":
+            return self.ddpm_step(z, output, t, t_prev, noise)
+        raise ValueError(f'sampler "{sampler}": use {" or ".join(SAMPLERS)}')
 
     def timesteps(self, steps: int) -> list[int]:
-        """List the visited t: "leading" spacing, offset 1, for 50 981, 961 .. 1 (matches SD)."""
+        """List the visited t: "leading" spacing, offset 1, so 50 steps are 981, 961 .. 1 (as SD)."""
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"{steps} sampling steps: give 1 to {self.num_steps}")
         stride = self.num_steps // steps
@@ -149,7 +159,7 @@ class Diffusion:
 
 
 def cast(factor: Tensor, z: Tensor) -> Tensor:
-    """Bring a float64 factor to z's type, then to its device: Apple GPUs have no float64."""
+    """Convert a float64 factor to z's type, then move it to z's device: Apple GPUs lack float64."""
     return factor.to(z.dtype).to(z.device)
 
 

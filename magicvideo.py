@@ -1,5 +1,7 @@
-"""MagicVideo (paper §3), all parts assembled into one model: prompts -> CLIP text encoder -> 3D
-U-Net under diffusion -> VideoVAE -> clips. Read `cascade.py` next: what comes after the key frames.
+"""MagicVideo (paper §3): all parts assembled into one model.
+
+prompts -> CLIP text encoder -> 3D U-Net under diffusion -> VideoVAE -> clips. Read `cascade.py`
+next: what comes after the key frames.
 """
 
 import copy
@@ -15,6 +17,7 @@ from clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from data import shape_captions
 from diffusion import Diffusion, DiffusionConfig
 from runs import InputError, load_checkpoint, save_checkpoint
+from stable_diffusion import load_weights, read_sizes
 from tiny import StaggeredDiffusion, VPrediction
 from unet3d import UNet3D, UNetConfig
 from vae import VAEConfig, VideoVAE
@@ -38,7 +41,7 @@ class MagicVideoConfig:
 
 
 PRESETS = {
-    # the shapes demo: 8 frames of 64 x 64, trained from nothing on two CPU cores
+    # the shapes demo: 8 frames of 64 x 64, trained from scratch on two CPU cores
     "tiny": MagicVideoConfig(
         preset="tiny", size=64, guidance=2.0, steps=20, staggered=True,
         text=CLIPTextConfig(vocab_size=640, context_length=16, width=96, layers=2, heads=4),
@@ -52,7 +55,7 @@ PRESETS = {
         vae=VAEConfig(channels=(16, 32, 64, 64), layers=1, groups=8),
         unet=UNetConfig(channels=(64, 96), attention=(True, True), layers=1, heads=4, groups=8,
                         context_width=192, frames=8)),
-    # one GPU, from nothing, on people's own clips: 16 frames of 128 x 128
+    # one GPU, from scratch, on people's own clips: 16 frames of 128 x 128
     "small": MagicVideoConfig(
         preset="small", size=128,
         text=CLIPTextConfig(vocab_size=8192, width=512, layers=6, heads=8),
@@ -60,6 +63,22 @@ PRESETS = {
         unet=UNetConfig(channels=(128, 256, 384, 384), context_width=512)),
     "paper": MagicVideoConfig(),
 }
+
+
+def config_of(values: dict) -> MagicVideoConfig:
+    """Make the config that `asdict` and JSON made these values of."""
+    parts = {"text": CLIPTextConfig, "vae": VAEConfig, "unet": UNetConfig,
+             "diffusion": DiffusionConfig}
+    for name, part in parts.items():
+        values[name] = part(**{key: tuple(value) if isinstance(value, list) else value
+                               for key, value in values[name].items()})
+    return MagicVideoConfig(**values)
+
+
+VERSION = 1  # of the format of files
+# what sizes and weights that do not fit each other make of building a model
+DAMAGE = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, MemoryError,
+          OverflowError, ZeroDivisionError)
 
 
 class MagicVideo(nn.Module):
@@ -100,10 +119,13 @@ class MagicVideo(nn.Module):
     def from_stable_diffusion(cls, folder: str | Path, frames: int = 16) -> "MagicVideo":
         """Load a diffusers-layout SD 1.x folder; video parts start without effect (paper §3).
 
-        Raises InputError for another folder, or a weight missing, left over or of another shape.
+        Frames are 256 x 256 as in the paper, or smaller where the folder's are. Raises InputError
+        for another folder, or a weight missing, left over or of another shape.
         """
-        from stable_diffusion import load_stable_diffusion
-        return load_stable_diffusion(Path(folder), frames)
+        sizes, tokenizer = read_sizes(Path(folder), frames)
+        model = cls(MagicVideoConfig(pretrained=True, **sizes), tokenizer)
+        load_weights(model, Path(folder))
+        return model.eval()
 
     @property
     def device(self) -> torch.device:
@@ -115,13 +137,13 @@ class MagicVideo(nn.Module):
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
     @torch.no_grad()
-    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int = 50,
+    def sample(self, prompts: str | list[str], fps: float | None = 8, steps: int | None = None,
                guidance: float | None = None, sampler: str = "ddim", seed: int = 0,
                decode: bool = True) -> Tensor:
         """Sample a clip (f, 3, h, w) in [-1, 1] for each prompt, or its latents, not decoded (§3).
 
         Clip i has seed + i, and so is the same alone or in a batch. Without fps the image model
-        draws single frames. Guidance is by default the model's own.
+        draws single frames. Steps and guidance are by default the model's own.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -132,6 +154,7 @@ class MagicVideo(nn.Module):
         uncond = self.encode_text([""] * len(prompts))
         if fps is not None:
             fps = torch.full((len(prompts),), float(fps), device=self.device)
+        steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
         weight = self.unet.conv_in.weight
 
@@ -146,8 +169,7 @@ class MagicVideo(nn.Module):
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
         """Encode clips (b, f, 3, h, w) to scaled posterior means (paper §3; SD draws samples)."""
-        with torch.autocast(self.device.type, enabled=False):  # the VAE keeps full precision
-            mean, _ = self.vae.encode(videos.to(self.unet.conv_in.weight))
+        mean, _ = self.vae.encode(videos.to(self.vae.encoder.conv_in.weight))
         return self.config.vae.scaling_factor * mean
 
     @torch.no_grad()
@@ -162,27 +184,25 @@ class MagicVideo(nn.Module):
     def state(self) -> dict:
         """Return what `from_state` needs, tensors and strings alone: loading runs no code."""
         merges = [" ".join(pair) for pair in self.tokenizer.merges]
-        return {"config": json.dumps(asdict(self.config)), "merges": merges,
+        return {"version": VERSION, "config": json.dumps(asdict(self.config)), "merges": merges,
                 "weights": self.state_dict(), "cascade": self.cascade}
 
     @classmethod
     def from_state(cls, state: dict, path: str | Path) -> "MagicVideo":
         """Build the model of `state`, read from `path`. Raises InputError if it does not fit."""
         try:
-            values = json.loads(state["config"])
-            parts = {"text": CLIPTextConfig, "vae": VAEConfig, "unet": UNetConfig,
-                     "diffusion": DiffusionConfig}
-            for name, part in parts.items():
-                values[name] = part(**{key: tuple(value) if isinstance(value, list) else value
-                                       for key, value in values[name].items()})
-            config = MagicVideoConfig(**values)
+            if state.get("version", 1) != VERSION:
+                raise InputError(f"{path}: made by another version of this code (its format is "
+                                 f"{state['version']}, this code reads {VERSION}); train again")
+            config = config_of(json.loads(state["config"]))
             merges = [tuple(pair.split(" ")) for pair in state["merges"]]
             model = cls(config, Tokenizer(merges, config.text.context_length))
             model.load_state_dict(state["weights"])
             model.cascade = dict(state["cascade"])
-        except Exception as error:  # whatever a damaged or foreign file makes of the sizes
-            raise InputError(f"{path}: made by another version of this code "
-                             f"({str(error).splitlines()[0]}); train again") from error
+        except DAMAGE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: damaged, its parts do not fit each other ({reason}); train "
+                             f"again") from error
         return model.eval()
 
     def save(self, path: str | Path) -> None:

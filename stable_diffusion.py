@@ -12,10 +12,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from clip_text import CLIPTextConfig, Tokenizer
-from runs import InputError
 from diffusion import DiffusionConfig
-from magicvideo import MagicVideo, MagicVideoConfig
-from unet3d import UNetConfig
+from runs import InputError
+from unet3d import UNetConfig, is_video_parameter
 from vae import VAEConfig
 
 PARTS = ("text_encoder", "vae", "unet")  # folders there, attributes here
@@ -36,36 +35,33 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
              ".proj_attn.": ".to_out.0."}
 
 
-def is_video_parameter(name: str) -> bool:
-    """Tell whether a parameter is MagicVideo's own, one that Stable Diffusion does not have."""
-    return any(part in name for part in ("adaptor", "temporal", "fps_embedding"))
+def read_sizes(folder: Path, frames: int) -> tuple[dict, Tokenizer]:
+    """Read an SD 1.x folder -> the fields of MagicVideoConfig that it decides, and its tokenizer.
 
-
-def load_stable_diffusion(folder: Path, frames: int) -> MagicVideo:
-    """Load an SD 1.x folder as the image model of a video model (paper §3).
-
-    Sizes come from its config.json files; frames are 256 x 256 as in the paper, or smaller where
-    the folder's are. Raises InputError for what is not such a folder.
+    Raises InputError, with what to get, for what is not such a folder.
     """
     try:
-        config = read_config(folder, frames)
-        tokenizer = Tokenizer.from_clip(folder / "tokenizer", config.text.context_length)
-        model = MagicVideo(config, tokenizer)
+        sizes = read_config(folder, frames)
+        tokenizer = Tokenizer.from_clip(folder / "tokenizer", sizes["text"].context_length)
     except InputError:
         raise
-    except Exception as error:  # whatever damaged files make of the sizes
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: {type(error).__name__}: {error}; {REMEDY}") from error
-    if tokenizer.vocab_size != config.text.vocab_size:
+    if tokenizer.vocab_size != sizes["text"].vocab_size:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} symbols, the text "
-                         f"encoder {config.text.vocab_size}; take both from one model")
+                         f"encoder {sizes['text'].vocab_size}; take both from one model")
+    return sizes, tokenizer
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill the image parts of a MagicVideo from an SD 1.x folder, and say how much that is."""
     loaded = sum(load_part(getattr(model, part), folder / part) for part in PARTS)
     new = sum(p.numel() for name, p in model.named_parameters() if is_video_parameter(name))
     print(f"{folder}: {loaded:,} parameters of Stable Diffusion, {new:,} new ones of zero effect")
-    return model.eval()
 
 
-def read_config(folder: Path, frames: int) -> MagicVideoConfig:
-    """Read the sizes of an SD 1.x folder; raises InputError, with what to get, for another one."""
+def read_config(folder: Path, frames: int) -> dict:
+    """Read the sizes in the config.json files of an SD 1.x folder, checked against `FIXED`."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; {REMEDY}")
     if (folder / "text_encoder_2").is_dir():
@@ -91,22 +87,22 @@ def read_config(folder: Path, frames: int) -> MagicVideoConfig:
                          f"{heads}, text width {unet['cross_attention_dim']}); {REMEDY}")
     side = unet.get("sample_size")
     side = side if isinstance(side, int) else 64  # SD's own, where it is null or a list
-    return MagicVideoConfig(
-        size=min(256, side * 2 ** (len(vae_channels) - 1)), pretrained=True,
-        v_prediction=prediction == "v_prediction",
-        diffusion=DiffusionConfig(scheduler.get("num_train_timesteps", 1000),
-                                  scheduler.get("beta_start", 0.00085),
-                                  scheduler.get("beta_end", 0.012)),
-        text=CLIPTextConfig(text["vocab_size"], text["max_position_embeddings"],
-                            text["hidden_size"], text["num_hidden_layers"],
-                            text["num_attention_heads"]),
-        vae=VAEConfig(vae_channels, vae["latent_channels"], vae["layers_per_block"],
-                      vae["norm_num_groups"], vae.get("scaling_factor") or 0.18215),
-        unet=UNetConfig(
+    return {
+        "size": min(256, side * 2 ** (len(vae_channels) - 1)),
+        "v_prediction": prediction == "v_prediction",
+        "diffusion": DiffusionConfig(scheduler.get("num_train_timesteps", 1000),
+                                     scheduler.get("beta_start", 0.00085),
+                                     scheduler.get("beta_end", 0.012)),
+        "text": CLIPTextConfig(text["vocab_size"], text["max_position_embeddings"],
+                               text["hidden_size"], text["num_hidden_layers"],
+                               text["num_attention_heads"]),
+        "vae": VAEConfig(vae_channels, vae["latent_channels"], vae["layers_per_block"],
+                         vae["norm_num_groups"], vae.get("scaling_factor") or 0.18215),
+        "unet": UNetConfig(
             channels=tuple(unet["block_out_channels"]),
             attention=tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"]),
             layers=unet["layers_per_block"], heads=heads, groups=unet["norm_num_groups"],
-            context_width=unet["cross_attention_dim"], frames=frames))
+            context_width=unet["cross_attention_dim"], frames=frames)}
 
 
 def load_part(module: nn.Module, folder: Path) -> int:

@@ -1,21 +1,14 @@
-"""What a 64-pixel model trained from nothing in minutes needs beyond the paper, and why (all ours).
+"""What a 64-pixel model trained from scratch in minutes needs beyond the paper, and why (all ours).
 
-`StaggeredDiffusion` and Muon are for presets `tiny` and `laptop`, `VDiffusion` for the cascade too;
-`small` and `paper` train and sample as `diffusion.py` says. `VPrediction` is for models from SD. At
-the end, for every preset: optimizers, moving average, latents encoded once. Each trick was measured
-(docs/measurements.md).
+Presets `tiny` and `laptop` train and sample by `StaggeredDiffusion` and train with `Muon`; `small`
+and `paper` do as `diffusion.py` says. `VDiffusion` is for the cascade too, `VPrediction` for models
+from SD that predict v. Each trick was measured (docs/measurements.md). Read `vae.py` next: what z is.
 """
 
-import math
-from contextlib import contextmanager
-
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from data import ClipDataset
-from diffusion import Diffusion, DiffusionConfig, cast, seeded_randn
+from diffusion import Diffusion, DiffusionConfig, cast
 
 
 class VPrediction(Diffusion):
@@ -51,8 +44,8 @@ class VDiffusion(VPrediction):
         self.alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
     def timesteps(self, steps: int) -> list[int]:
-        """List the visited t: "trailing" spacing, from T-1, for 50 999, 979 .. 19 (Lin et al.)."""
-        super().timesteps(steps)  # raises where it cannot be done
+        """List the visited t: "trailing" spacing from T-1, so 50 steps are 999, 979 .. 19 (Lin)."""
+        super().timesteps(steps)  # raises for a number of steps that cannot be taken
         return [round(self.num_steps - i * self.num_steps / steps) - 1 for i in range(steps)]
 
 
@@ -75,22 +68,31 @@ class StaggeredDiffusion(VDiffusion):
         stretched = t + t * self.frame_lag * (frames - 1) // (self.num_steps - 1)
         return stretched[:, None] - self.frame_lag * torch.arange(frames - 1, -1, -1)
 
-    def loss(self, model, z0, context, fps=None, t=None, eps=None, generator=None) -> Tensor:
+    def loss(self, model, z0, context, fps, t, eps) -> Tensor:
         """Return `Diffusion.loss` over the frames that sampling would denoise at that moment, (b,).
 
         Frames already clean or still pure noise are left out; the sum is divided by the expected
         number of active frames, so that its mean is unbiased.
         """
-        b, f = z0.shape[:2]
-        t = torch.randint(self.num_steps, (b,), generator=generator) if t is None else t
-        eps = seeded_randn(z0.shape, generator).to(z0) if eps is None else eps
+        f = z0.shape[1]
         unclamped = self.frame_timesteps(t, f)
         t = unclamped.clamp(0, self.num_steps - 1)  # (b, f)
         output = model(self.add_noise(z0, eps, t), t.to(z0.device), context, fps)
         error = (output.to(z0) - self.target(z0, eps, t)).square().mean((2, 3, 4))  # (b, f)
-        every_t = self.frame_timesteps(torch.arange(self.num_steps), f)
-        counted = ((every_t >= 0) & (every_t < self.num_steps)).sum() / self.num_steps
-        return (error * (unclamped == t).to(error)).sum(1) / float(counted)
+        return (error * (unclamped == t).to(error)).sum(1) / float(self.expected_active(f))
+
+    def active_frames(self, t: Tensor, frames: int) -> Tensor:
+        """Count the frames of a clip at timestep t (b,) that are neither clean nor pure noise."""
+        t = self.frame_timesteps(t, frames)
+        return ((t >= 0) & (t < self.num_steps)).sum(1)
+
+    def expected_active(self, frames: int) -> Tensor:
+        """Return the mean number of active frames over all timesteps."""
+        return self.active_frames(torch.arange(self.num_steps), frames).sum() / self.num_steps
+
+    def loss_weight(self, t: Tensor, frames: int) -> Tensor:
+        """Return the weight of a clip at timestep t (b,) in the loss, (b,): 1 in the mean."""
+        return self.active_frames(t, frames) / self.expected_active(frames)
 
     def step(self, network, z, t, t_prev, sampler, eta, noise) -> Tensor:
         """Step the frames that are neither clean nor pure noise; the others stay."""
@@ -106,8 +108,8 @@ class StaggeredDiffusion(VDiffusion):
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose update matrices have singular values near 1 (Jordan et al. 2024).
 
-    A convolution is a matrix (out, in * kernel); torch's own Muon, from 2.9 on, takes none. `lr` is
-    about the spectral norm of an update.
+    A convolution is a matrix (out, in * kernel); torch's own Muon, from 2.9 on, takes none. The
+    singular values of an update (rows, columns) are near lr * sqrt(max(1, rows / columns)).
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95):
@@ -145,86 +147,3 @@ def orthogonalise(x: Tensor) -> Tensor:
         xx = x @ x.mT
         x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
     return x
-
-
-def build_optimizers(modules: list[nn.Module], groups: list[dict],
-                     muon: bool) -> list[torch.optim.Optimizer]:
-    """Make AdamW and, with `muon`, Muon for the weight matrices of `modules` in `groups`.
-
-    Embeddings, norms, biases, adaptors and the outermost layers are AdamW's.
-    """
-    matrices = set()
-    for module in modules if muon else []:
-        for name, layer in module.named_modules():
-            is_outermost = name.split(".")[-1] in ("conv_in", "conv_out")
-            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_outermost:
-                matrices.add(layer.weight)
-    for_adamw = []
-    for_muon = []
-    for group in groups:
-        parameters = group["params"]
-        for_adamw.append({**group, "params": [p for p in parameters if p not in matrices]})
-        for_muon.append({**group, "params": [p for p in parameters if p in matrices]})
-    fused = next(modules[0].parameters()).device.type in ("cpu", "cuda")  # in one kernel
-    adamw = torch.optim.AdamW(for_adamw, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-    return [adamw, Muon(for_muon)] if muon else [adamw]
-
-
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], peaks: tuple[float, ...], step: int,
-                       steps: int, warmup: int) -> None:
-    """Raise the learning rate of every group linearly from its start, then lower it as a cosine."""
-    for optimizer, peak in zip(optimizers, peaks):
-        for group in optimizer.param_groups:
-            done = max(0, step - group["start"])
-            rise = min(1.0, (done + 1) / max(warmup, 1))
-            fall = 0.5 * (1 + math.cos(math.pi * done / (steps - group["start"])))
-            group["lr"] = peak * rise * fall
-
-
-class EMA:
-    """Moving average of weights; its decay rises as (1 + n) / (10 + n), to forget the start."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters = parameters
-        self.decay = decay
-        self.count = 0
-        self.shadow = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the weights, after a step of the optimizer."""
-        self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        for average, p in zip(self.shadow, self.parameters):
-            average.lerp_(p, 1 - decay)  # average <- decay average + (1 - decay) weight
-
-    @contextmanager
-    def applied(self):
-        """Exchange weights and averages for a while."""
-        weights = [p.data for p in self.parameters]
-        self.copy_to_weights()
-        try:
-            yield
-        finally:
-            for p, weight in zip(self.parameters, weights):
-                p.data = weight
-
-    def copy_to_weights(self) -> None:
-        """Put the averages in the model."""
-        for p, average in zip(self.parameters, self.shadow):
-            p.data = average
-
-
-def encode_clips(model, clips: ClipDataset, count: int, rank: int, world: int) -> list[dict]:
-    """Encode `count` cuts of clips once to {"z0", "caption", "fps"}; processes share the work."""
-    items = []
-    for n in tqdm(range(rank, count, world), "encoding", leave=False, disable=rank > 0 or None):
-        clips.set_epoch(n // len(clips))
-        item = clips[n % len(clips)]
-        z0 = model.encode(item.pop("video")[None])[0].cpu()
-        items.append({**item, "z0": z0})
-    shares = [items]
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, items)
-    return [shares[n % world][n // world] for n in range(count)]

@@ -1,18 +1,10 @@
 """Trains MagicVideo in one plain loop: `python train.py` makes a working model of the shapes.
 
-    vae           VideoVAE: reconstruction + KL                              (paper §3, VideoVAE)
-    image         the U-Net's image part on single frames, text to image     (paper §3, image start)
-    video         the whole U-Net on clips with their FPS                    (paper §3.2)
-    interpolate   by --stage alone: the frames between two key frames        (paper §3)
-    upscale       by --stage alone: frames of four times the size            (paper §3)
-
-A stage hands the moving average of its weights on. All random numbers of a step are drawn from
-(seed, stage, step) for the whole batch, of which each process takes its shard: a resumed run goes
-on as if it had never stopped, and several processes train as one does.
+What each stage reads, trains and minimises is in `stages.py`. A stage hands the moving average of
+its weights on. Read `data.py` next: how clips are cut.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -20,10 +12,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
@@ -34,21 +24,16 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import cascade
 from clip_files import film_strip, write_clip
 from data import ClipDataset, open_data
 from magicvideo import PRESETS, MagicVideo
-from runs import (InputError, claim_folder, join_ranks, load_checkpoint, pick_device, plot_losses, run_command,
-                  save_checkpoint, start_ranks, stop_signals)
-from stable_diffusion import is_video_parameter
-from tiny import EMA, build_optimizers, encode_clips, set_learning_rates
-from unet3d import Level
-
-BASE_STAGES = ("vae", "image", "video")
-ALL_STAGES = BASE_STAGES + cascade.CASCADE_STAGES
+from runs import (BINS, EMA, InputError, append_log, autocast, build_optimizers, claim_folder,
+                  join_processes, leave_processes, load_checkpoint, pick_device, plot_losses,
+                  process_count, process_rank, read_log, run_command, save_checkpoint,
+                  set_learning_rates, start_processes, stop_signals, usable_cores)
+from stages import BASE_STAGES, STAGES, Draw, Stage, encode_clips, spread
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -64,7 +49,7 @@ class Settings:
     """Hyperparameters of a run, each a flag of train.py; the defaults are those of preset tiny."""
 
     preset: str = flag("tiny", "sizes and defaults: tiny, laptop (for a folder), small or paper")
-    stage: str = flag("", f"one of {', '.join(ALL_STAGES)} (default: the first three)")
+    stage: str = flag("", f"one of {', '.join(STAGES)} (default: the first three)")
     init_from: str = flag("", "model.pt or Stable Diffusion folder to start from")
     trainable: str = flag("", 'train only parameters that match, e.g. "adaptor|temporal|fps"')
     frames: int = flag(0, "frames of a clip; 0 = as the preset")
@@ -110,6 +95,189 @@ PRESET_SETTINGS = {
 }
 
 
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train_stage(stage: Stage, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
+                out: Path, resumed: dict | None = None) -> None:
+    """Train one stage (paper §3) and leave the moving average of the weights in the model.
+
+    It trains on `latents` of cuts of the clips where there are some, else on the clips. Stopped by
+    a signal it finishes the step, saves, and raises KeyboardInterrupt.
+    """
+    s = stage.s
+    device = stage.model.device
+    optimizers, average = make_optimizers_and_average(stage, resumed)
+    compute_loss = stage
+    if process_count() > 1:
+        # without find_unused_parameters a resumed run would add up gradients in another order
+        compute_loss = DistributedDataParallel(stage, find_unused_parameters=True)
+    started = time.time()
+    bar = tqdm(range(average.count, stage.steps), f"{stage.name:6}", stage.steps,
+               initial=average.count, dynamic_ncols=True, disable=process_rank() > 0)
+    with stop_signals() as stop:
+        for step in bar:
+            set_learning_rates(optimizers, (s.lr, s.muon_lr), step, stage.steps, s.warmup)
+            size, frames = stage.plan_batch(step, clips.frames)
+            total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
+            bins = torch.zeros(2, BINS).double()
+            for shard in micro_batches(size, s.accumulate):
+                batch, draw = stage.read(latents or clips, step, size, frames, shard)
+                share = len(batch.clips) * process_count() / size  # of what this process reads
+                with autocast(device, s.precision):
+                    errors, t = compute_loss(batch, draw)  # (b,)
+                    loss = errors.mean() * share
+                loss.backward()
+                total[0] += loss.item() / process_count()
+                bins += loss_by_timestep_bin(stage, errors, t, frames)
+            norm = nn.utils.clip_grad_norm_(average.parameters, 1.0)
+            total[1] = len(stop)
+            if process_count() > 1:
+                dist.all_reduce(total)
+            check_finite(stage, step, total[0], norm, out)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            average.update()
+
+            done = step + 1
+            bar.set_postfix(loss=f"{total[0]:.4f}", refresh=False)
+            if process_rank() == 0:
+                row = {"stage": stage.name, "step": done, "loss": f"{total[0]:.6f}",
+                       "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
+                       "seconds": f"{time.time() - started:.2f}", **describe_bins(bins)}
+                if s.sample_every and (done == stage.steps or done % s.sample_every == 0):
+                    with average.applied():
+                        row["held_out_loss"] = f"{held_out_loss(stage, held_out, step):.6f}"
+                        draw_picture(out / "samples" / f"{stage.name}-{done:06d}.png", stage,
+                                     held_out)
+                with record(out / "log.csv"):
+                    append_log(out / "log.csv", row)
+                if done == stage.steps or total[1] or done % s.save_every == 0:
+                    save_run(out, stage, done, optimizers, average, clips)
+            if total[1]:
+                if process_count() > 1:
+                    dist.all_reduce(total)  # waits for the save: torchrun ends all after the first
+                raise KeyboardInterrupt
+    average.copy_to_weights()
+    stage.finish(clips)
+
+
+def micro_batches(size: int, count: int) -> list[slice]:
+    """Return which items of a step this process reads, as at most `count` micro-batches."""
+    count = max(1, min(count, size // process_count()))
+    return [slice(process_rank() * count + i, size, process_count() * count) for i in range(count)]
+
+
+def make_optimizers_and_average(
+        stage: Stage, resumed: dict | None) -> tuple[list[torch.optim.Optimizer], EMA]:
+    """Return the optimizers and the moving average of a stage: new, or as they were saved."""
+    groups = stage.parameter_groups()
+    parameters = [p for group in groups for p in group["params"]]
+    stage.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizers = build_optimizers([stage.network, stage.model.text_encoder], groups,
+                                  stage.s.muon_lr > 0)
+    average = EMA(parameters, stage.s.ema)
+    if resumed:
+        stage.network.load_state_dict(resumed["network"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
+        average.shadow = [p.to(stage.model.device) for p in resumed["ema"]]
+        average.count = resumed["step"]
+    return optimizers, average
+
+
+def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor, out: Path) -> None:
+    """Raise InputError before a loss or gradient that is not finite reaches the weights."""
+    if not math.isfinite(loss + norm):
+        rates = "--lr and --muon-lr" if stage.s.muon_lr else "--lr"
+        raise InputError(f"stage {stage.name}, step {step}: the loss is {loss:.4g}, its gradient "
+                         f"{norm:.4g}; lower {rates} ({out} is as last saved)")
+
+
+def loss_by_timestep_bin(stage: Stage, errors: Tensor, t: Tensor | None, frames: int) -> Tensor:
+    """Add up the errors (b,) of clips, and their weights, by timesteps t (b,) -> (2, BINS).
+
+    At high t there is little but the caption to go on.
+    """
+    bins = torch.zeros(2, BINS).double()
+    if t is not None:
+        place = t * BINS // stage.diffusion.num_steps
+        bins[0].index_add_(0, place, errors.detach().cpu().double())
+        bins[1].index_add_(0, place, stage.diffusion.loss_weight(t, frames).double())
+    return bins
+
+
+def describe_bins(bins: Tensor) -> dict[str, str]:
+    """Turn errors and weights (2, BINS) into columns of log.csv, empty where no clip was."""
+    return {f"loss_bin_{i}": f"{error / weight:.6f}" if weight else ""
+            for i, (error, weight) in enumerate(bins.T.tolist())}
+
+
+HELD_OUT = 24  # clips of the held-out loss: one for each held-out caption of the shapes
+
+
+@torch.no_grad()
+def held_out_loss(stage: Stage, held_out: ClipDataset, step: int) -> float:
+    """Compute the loss of clips never trained on, with the same noise every time.
+
+    They come in micro-batches no larger than those of a step, which fit in memory.
+    """
+    items = spread(held_out, HELD_OUT)
+    size, frames = stage.plan_batch(step, held_out.frames)
+    at_once = len(range(size)[micro_batches(size, stage.s.accumulate)[0]])
+    total = 0.0
+    for i in range(0, len(items), at_once):
+        shard = slice(i, i + at_once)
+        draw = Draw(torch.Generator().manual_seed(0), len(items), shard)
+        batch = stage.batch(items[shard], draw, frames)
+        with autocast(stage.model.device, stage.s.precision):
+            errors, _ = stage(batch, draw)
+        total += errors.sum().item()
+    return total / len(items)
+
+
+@torch.no_grad()
+def draw_picture(path: Path, stage: Stage, held_out: ClipDataset) -> None:
+    """Write a picture of how far the stage is."""
+    rows = stage.picture(spread(held_out, 4))  # (n, f, 3, h, w)
+    write_clip(path, film_strip(rows)[None], fps=1)
+
+
+@contextmanager
+def record(path: Path):
+    """Go on, and say so, where a record cannot be written: it must not end a training."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{path} is not written: {error}", file=sys.stderr)
+
+
+def save_run(out: Path, stage: Stage, step: int, optimizers: list, average: EMA,
+             clips: ClipDataset) -> None:
+    """Write checkpoint.pt, from which the run goes on, and model.pt, as if the stage ended here."""
+    model = stage.model
+    save_checkpoint(out / "checkpoint.pt", {
+        "format": "magicvideo-training", "settings": json.dumps(asdict(stage.s)),
+        "clips": getattr(clips, "names", []), "stage": stage.name, "step": step,
+        "model": model.state(), "network": stage.network.state_dict(), "ema": average.shadow,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    scaling_factor = model.config.vae.scaling_factor
+    with average.applied():
+        stage.finish(clips)
+        model.save(out / "model.pt")
+    model.config.vae.scaling_factor = scaling_factor
+    with record(out / "loss.png"):
+        plot_losses(read_log(out / "log.csv"), out / "loss.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# The run around it
+
+
 def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
     """Parse the command line -> all flags, and those of them that are settings."""
     parser = argparse.ArgumentParser(usage="python train.py [--FLAG VALUE ...], see --help")
@@ -122,7 +290,7 @@ def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
                            help=f.metadata["help"] + shown)
     group.add_argument("--out", help="folder (default: a new one, runs/DATA, runs/DATA-2 ...)")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    group.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    group.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     group.add_argument("--ranks", type=int, help="processes on a CPU (default: 1, 2 or 4)")
     flags = parser.parse_args(arguments)
     return flags, {f.name: getattr(flags, f.name) for f in fields(Settings) if f.name in flags}
@@ -130,7 +298,7 @@ def read_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict]:
 
 def check(s: Settings) -> None:
     """Raise InputError for a setting out of range, before anything is made."""
-    choices = {"preset": [*PRESETS], "stage": ["", *ALL_STAGES], "precision": ["fp32", "bf16"]}
+    choices = {"preset": [*PRESETS], "stage": ["", *STAGES], "precision": ["fp32", "bf16"]}
     highest = {"ema": 1, "text_dropout": 1, "seed": 2**32 - 1}
     for name, value in asdict(s).items():
         least = int(name in ("batch_size", "vae_batch_size", "accumulate", "save_every",
@@ -145,354 +313,10 @@ def check(s: Settings) -> None:
     except re.error as error:
         raise InputError(f'--trainable "{s.trainable}": {error}') from error
     if s.held_out and not Path(s.held_out).is_file():
-        raise InputError(f"--held-out {s.held_out}: no such file; name one of clips, one a line")
-    stages = [s.stage] if s.stage else BASE_STAGES
-    if not any(getattr(s, f"{stage}_steps") for stage in stages):
-        raise InputError(f"--{stages[-1]}-steps 0: trains nothing; give 1 or more")
-    if s.stage not in ("", "vae") and not s.init_from:
+        raise InputError(f"--held-out {s.held_out}: no such file; give a file with one clip name "
+                         f"per line")
+    if s.stage and not STAGES[s.stage].starts_alone and not s.init_from:
         raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
-
-
-# --------------------------------------------------------------------------------------------------
-# What a step reads
-
-
-def rank() -> int:
-    """Return which of the processes this is, 0 where it is the only one."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """Return how many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def make_generator(seed: int, stage: str, *position: int) -> torch.Generator:
-    """Make the generator of a position in the run, the same whenever it is asked for."""
-    number = seed
-    for part in (ALL_STAGES.index(stage), *position):
-        number = (number * 1_000_003 + part + 1) % 2**63
-    return torch.Generator().manual_seed(number)
-
-
-def read_batch(clips: ClipDataset | list[dict], size: int, step: int, stage: str, s: Settings,
-               shard: slice = slice(None)) -> tuple[list[dict], Callable]:
-    """Read a shard of a batch, and make the function that draws its random numbers.
-
-    random(torch.randn, 3, 4) draws for the whole batch and keeps the shard, (b, 3, 4).
-    """
-    items = []
-    orders = {}
-    for n in range(size)[shard]:  # every item once an epoch, each epoch shuffled anew
-        epoch, position = divmod(step * size + n, len(clips))
-        if epoch not in orders:
-            generator = make_generator(s.seed, stage, 0, epoch)
-            orders[epoch] = torch.randperm(len(clips), generator=generator)
-        if isinstance(clips, ClipDataset):  # not latents
-            clips.set_epoch(epoch)
-        items.append(clips[int(orders[epoch][position])])
-    return items, make_random(make_generator(s.seed, stage, 1, step), size, shard)
-
-
-def make_random(generator: torch.Generator, size: int, shard: slice = slice(None)) -> Callable:
-    """Make a function that draws for a batch of `size` and keeps a shard of it."""
-    return lambda draw, *shape: draw((size, *shape), generator=generator)[shard]
-
-
-class StageLoss(nn.Module):
-    """What each stage minimises, as one module for DistributedDataParallel.
-
-    Items of a data set -> the error of each clip (b,), and its timesteps (b,) or None.
-    """
-
-    def __init__(self, model: MagicVideo, network: nn.Module, stage: str, s: Settings):
-        super().__init__()
-        self.model = model
-        self.network = network
-        self.stage = stage
-        self.s = s
-
-    def forward(self, items: list[dict], random: Callable,
-                frames: int) -> tuple[Tensor, Tensor | None]:
-        """Compute the loss of the stage on `frames` frames in a row of each clip."""
-        weight = self.model.unet.conv_in.weight  # has the device and type of all inputs
-        clips = [item["z0"] if "z0" in item else item["video"] for item in items]
-        # stage image trains on first frames: with the causal mask frame 1 sees itself alone (ours)
-        num_starts = 1 if self.stage == "image" else len(clips[0]) - frames + 1
-        first = random(partial(torch.randint, num_starts))
-        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(weight)
-        if self.stage == "vae":
-            return self.vae(x, random), None
-        if "video" in items[0] and self.stage != "upscale":
-            x = self.model.encode(x)
-        captions = ["" if u < self.s.text_dropout else item["caption"]  # for guidance
-                    for u, item in zip(random(torch.rand), items)]
-        context = self.model.encode_text(captions)
-        fps = torch.tensor([item["fps"] for item in items], device=weight.device)
-        fps = None if self.stage == "image" else fps
-        t = random(partial(torch.randint, self.model.diffusion.num_steps))
-        if self.stage in cascade.CASCADE_STAGES:
-            return self.network.loss(x, context, fps, t, random), t
-        # || eps - eps_hat(z_t, t, context, fps) ||^2 (paper §3.2)
-        eps = random(torch.randn, *x.shape[1:]).to(x)
-        return self.model.diffusion.loss(self.network, x, context, fps, t, eps), t
-
-    def vae(self, video: Tensor, random: Callable) -> Tensor:
-        """Reconstruction + KL (paper §3, VideoVAE; squared error, not LPIPS, is ours)."""
-        mean, logvar = self.network.encode(video)
-        eps = random(torch.randn, *mean.shape[1:]).to(mean)
-        decoded = self.network.decode(self.network.sample_latents(mean, logvar, eps))
-        # KL(q(z | frame) || N(0, 1)) = (mean^2 + sigma^2 - 1 - log sigma^2) / 2
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-        return (decoded - video).square().mean((1, 2, 3, 4)) + self.s.kl_weight * kl
-
-
-# --------------------------------------------------------------------------------------------------
-# A stage
-
-
-def parameter_groups(model: MagicVideo, network: nn.Module, stage: str, s: Settings) -> list[dict]:
-    """Return two parameter groups, image and video weights, each with the step it begins at.
-
-    Of Stable Diffusion the text encoder and the image part of the VAE are never trained; otherwise
-    the text encoder trains with the U-Net. Raises InputError for a --trainable that leaves none.
-    """
-    named = dict(network.named_parameters())
-    if stage in ("image", "video") and not model.config.pretrained:
-        named |= {f"text_encoder.{name}": p for name, p in model.text_encoder.named_parameters()}
-    chosen = [name for name in named if re.search(s.trainable, name)]
-    image = [name for name in chosen if not is_video_parameter(name)]
-    video = [name for name in chosen if is_video_parameter(name)]
-    if stage == "vae" and model.config.pretrained:  # latents must stay what the U-Net knows
-        image = []
-    if stage == "image":
-        video = []
-    if not image and not video:
-        raise InputError(f'--trainable "{s.trainable}": matches nothing that stage {stage} trains')
-    # Stage vae sees single frames first, since frames of a clip are nearly duplicates, and clips in
-    # its last fifth, for the temporal layers; with a frozen encoder clips alone.
-    start = int(0.8 * s.vae_steps) if any(name.startswith("encoder.") for name in image) else 0
-    return [{"params": [named[name] for name in image], "start": 0},
-            {"params": [named[name] for name in video], "start": start}]
-
-
-def prepare(model: MagicVideo, network: nn.Module, stage: str, s: Settings,
-            resumed: dict | None) -> tuple[list[torch.optim.Optimizer], EMA]:
-    """Return the optimizers and the moving average of a stage: new, or as they were saved."""
-    groups = parameter_groups(model, network, stage, s)
-    parameters = [p for group in groups for p in group["params"]]
-    for module in (model, network):
-        module.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizers = build_optimizers([network, model.text_encoder], groups, s.muon_lr > 0)
-    ema = EMA(parameters, s.ema)
-    if resumed:
-        network.load_state_dict(resumed["network"])
-        for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            optimizer.load_state_dict(state)
-        ema.shadow = [average.to(model.device) for average in resumed["ema"]]
-        ema.count = resumed["step"]
-    return optimizers, ema
-
-
-def build_network(model: MagicVideo, stage: str, s: Settings) -> nn.Module:
-    """Return the network that a stage trains, with gradient checkpointing if that is asked for."""
-    network = model.vae if stage == "vae" else model.unet
-    if stage in cascade.CASCADE_STAGES:
-        network = cascade.build(model, stage)
-    for level in network.modules() if s.gradient_checkpointing else ():
-        if isinstance(level, Level):
-            level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
-    return network
-
-
-def batch_size(stage: str, frames: int, clips: ClipDataset, s: Settings) -> tuple[int, int]:
-    """Return the items of a step, of all processes, and its micro-batches (of stage vae fewer)."""
-    sizes = {"vae": max(1, s.vae_batch_size // frames), "image": s.batch_size * clips.frames}
-    size = sizes.get(stage, s.batch_size)
-    return size, math.gcd(size // world(), s.accumulate)
-
-
-def estimate_minutes(model: MagicVideo, clips: ClipDataset, stage: str, s: Settings) -> float:
-    """Time a step of a stage, which changes no weight -> about how long the stage will take."""
-    item = clips[0]
-    if s.cache and stage not in ("vae", "upscale"):
-        item["z0"] = model.encode(item.pop("video")[None])[0].cpu()
-    frames = 1 if stage in ("vae", "image") else clips.frames
-    size, accumulate = batch_size(stage, frames, clips, s)
-    size //= world() * accumulate
-    stage_loss = StageLoss(model, build_network(model, stage, s), stage, s)
-    for _ in range(3):  # the last counts
-        started = time.time()
-        with torch.autocast(model.device.type, torch.bfloat16, s.precision == "bf16"):
-            errors, _ = stage_loss([item] * size, make_random(torch.Generator(), size), frames)
-        errors.mean().backward()
-        errors.sum().item()  # waits for a GPU
-        stage_loss.zero_grad()
-    return (time.time() - started) * accumulate * getattr(s, f"{stage}_steps") / 60
-
-
-def train_stage(model: MagicVideo, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
-                stage: str, s: Settings, out: Path, resumed: dict | None = None) -> None:
-    """Train one stage (paper §3) and leave the moving average of the weights in the model.
-
-    It trains on `latents` of cuts of the clips where there are some, else on the clips.
-    Stopped by a signal it finishes the step, saves, and raises KeyboardInterrupt.
-    """
-    network = build_network(model, stage, s)
-    optimizers, ema = prepare(model, network, stage, s, resumed)
-    stage_loss = StageLoss(model, network, stage, s)
-    compute_loss = stage_loss
-    if world() > 1:
-        compute_loss = DistributedDataParallel(stage_loss, find_unused_parameters=stage == "vae")
-    source = latents or clips
-    steps = getattr(s, f"{stage}_steps")
-    use_bf16 = s.precision == "bf16"
-    started = time.time()
-    bar = tqdm(range(ema.count, steps), f"{stage:6}", steps, initial=ema.count, dynamic_ncols=True,
-               disable=rank() > 0)
-    with stop_signals() as stop:
-        for step in bar:
-            set_learning_rates(optimizers, (s.lr, s.muon_lr), step, steps, s.warmup)
-            clips_begin = optimizers[0].param_groups[1]["start"]
-            frames = 1 if stage == "image" or step < clips_begin else clips.frames
-            size, accumulate = batch_size(stage, frames, clips, s)
-            total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
-            for micro in range(accumulate):
-                shard = slice(rank() * accumulate + micro, size, world() * accumulate)
-                items, random = read_batch(source, size, step, stage, s, shard)
-                with torch.autocast(model.device.type, torch.bfloat16, use_bf16):
-                    errors, t = compute_loss(items, random, frames)  # (b,)
-                    loss = errors.mean() / accumulate
-                loss.backward()
-                total[0] += loss.item() / world()
-            norm = nn.utils.clip_grad_norm_(ema.parameters, 1.0)
-            total[1] = len(stop)
-            if world() > 1:
-                dist.all_reduce(total)
-            if not math.isfinite(total[0] + norm):
-                rates = "--lr and --muon-lr" if s.muon_lr else "--lr"
-                raise InputError(f"stage {stage}, step {step}: the loss is {total[0]:.4g}, its "
-                                 f"gradient {norm:.4g}; lower {rates} ({out} is as last saved)")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            ema.update()
-
-            bar.set_postfix(loss=f"{total[0]:.4f}", refresh=False)
-            if rank() == 0:
-                done = step + 1
-                row = {"stage": stage, "step": done, "loss": f"{total[0]:.6f}",
-                       "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
-                       "seconds": f"{time.time() - started:.2f}",
-                       **loss_by_timestep_bin(errors, t, model.diffusion.num_steps)}
-                if s.sample_every and (done == steps or done % s.sample_every == 0):
-                    with ema.applied():
-                        row["held_out_loss"] = held_out_loss(stage_loss, held_out, frames)
-                        picture = out / "samples" / f"{stage}-{done:06d}.png"
-                        if stage in BASE_STAGES:
-                            with optional(picture):
-                                save_samples(picture, model, stage, held_out)
-                with optional(f"row {done} of {out}/log.csv"):
-                    append_log(out / "log.csv", row)
-                if done == steps or total[1] or done % s.save_every == 0:
-                    save_run(out, model, network, stage, done, optimizers, ema, clips, s)
-            if total[1]:
-                raise KeyboardInterrupt
-    ema.copy_to_weights()
-    hand_over(model, network, stage, clips)
-
-
-BINS = 4  # of the timestep: t in [0, 250), [250, 500), [500, 750), [750, 1000)
-COLUMNS = ("stage", "step", "loss", "held_out_loss", "learning_rate", "seconds",
-           *(f"loss_bin_{i}" for i in range(BINS)))
-
-
-def loss_by_timestep_bin(errors: Tensor, t: Tensor | None, num_steps: int) -> dict[str, str]:
-    """Average rank 0's errors (b,) by timesteps t (b,): at high t the caption alone tells much."""
-    if t is None:
-        return {}
-    errors = [errors[(t * BINS // num_steps).to(errors.device) == i] for i in range(BINS)]
-    return {f"loss_bin_{i}": f"{e.mean():.6f}" for i, e in enumerate(errors) if len(e)}
-
-
-def append_log(path: Path, row: dict) -> None:
-    """Add a row to log.csv."""
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read_log(path: Path) -> list[dict]:
-    """Read the whole rows of log.csv; a kill can have cut off its last one."""
-    rows = csv.DictReader(path.read_text().splitlines())
-    return [row for row in rows if None not in row.values()]
-
-
-@contextmanager
-def optional(what: str):
-    """Go on, and say so, where a record or a picture fails: it must not end a training."""
-    try:
-        yield
-    except Exception as error:
-        tqdm.write(f"{what} is left out: {error}", file=sys.stderr)
-
-
-def hand_over(model: MagicVideo, network: nn.Module, stage: str, clips: ClipDataset) -> None:
-    """Keep the cascade's network in the model, or set the scaling factor of a trained VAE."""
-    if stage in cascade.CASCADE_STAGES:
-        model.cascade[stage] = network.state_dict()
-    if stage == "vae" and model.vae.encoder.conv_in.weight.requires_grad:
-        # 1 / standard deviation of the latents, as SD's 0.18215 is
-        chosen = range(0, len(clips), max(1, len(clips) // 64))[:64]
-        clips.set_epoch(0)
-        model.config.vae.scaling_factor = 1.0
-        latents = [model.encode(clips[i]["video"][None]) for i in chosen]
-        model.config.vae.scaling_factor = float(1 / torch.cat(latents).std())
-
-
-@torch.no_grad()
-def held_out_loss(stage_loss: StageLoss, held_out: ClipDataset, frames: int) -> str:
-    """Compute the loss on a batch of clips never trained on, with the same noise every time."""
-    items = [held_out[i] for i in range(min(len(held_out), 16))]
-    random = make_random(torch.Generator().manual_seed(0), len(items))
-    return f"{stage_loss(items, random, frames)[0].mean():.6f}"
-
-
-def save_samples(path: Path, model: MagicVideo, stage: str, clips: ClipDataset) -> None:
-    """Draw how far a base stage is: clips and their reconstructions, or samples of ten steps."""
-    items = [clips[i] for i in range(min(len(clips), 4))]
-    rows = torch.stack([item["video"] for item in items])
-    if stage == "vae":
-        rows = torch.cat([rows, model.decode(model.encode(rows)).cpu()])
-    else:
-        captions = [item["caption"] for item in items]
-        rows = model.sample(captions, fps=None if stage == "image" else 8, steps=10)
-    write_clip(path, film_strip(rows)[None], fps=1)
-
-
-def save_run(out: Path, model: MagicVideo, network: nn.Module, stage: str, step: int,
-             optimizers: list, ema: EMA, clips: ClipDataset, s: Settings) -> None:
-    """Write checkpoint.pt, from which the run goes on, and model.pt, as if the stage ended here."""
-    save_checkpoint(out / "checkpoint.pt", {
-        "format": "magicvideo-training", "settings": json.dumps(asdict(s)),
-        "clips": getattr(clips, "names", []), "stage": stage, "step": step, "model": model.state(),
-        "network": network.state_dict(), "ema": ema.shadow,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-    scaling_factor = model.config.vae.scaling_factor
-    with ema.applied():
-        hand_over(model, network, stage, clips)
-        model.save(out / "model.pt")
-    model.config.vae.scaling_factor = scaling_factor
-    with optional(out / "loss.png"):
-        plot_losses(read_log(out / "log.csv"), out / "loss.png")
-
-
-# --------------------------------------------------------------------------------------------------
-# A run
 
 
 CAN_CHANGE = ("data", "held_out", "frame_store", "save_every", "sample_every")  # at --resume
@@ -531,15 +355,58 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     return s, model
 
 
+def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
+    """Return the stages to run: that of --stage, or the three that a start has not behind it."""
+    start = "Stable Diffusion" if pretrained else "ours" if s.init_from else "scratch"
+    stages = []
+    for name in [s.stage] if s.stage else BASE_STAGES:
+        stage = STAGES[name]
+        if stage.done_by == start and not s.stage:
+            if process_rank() == 0:
+                print(f"stage {name} is left out: {s.init_from} has been through it; --stage "
+                      f"{name} trains it")
+        elif getattr(s, f"{name}_steps"):
+            stages.append(stage)
+    if not stages:
+        raise InputError(f"--{name}-steps 0: trains nothing; give 1 or more")
+    return stages
+
+
 def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
-    """Shorten the stages for fewer than 1,000 clips, to a quarter at least (ours).
+    """Shorten the stages for fewer than 1,000 clips, to a quarter at least, and say so (ours).
 
     Ten clips do not need the hours of thousands. A number of steps that a flag gives stays.
     """
     share = min(1, max(0.25, (count / 1000) ** 0.5))
     names = [name for name in ("vae_steps", "image_steps", "video_steps", "cache")
              if name not in overrides]
+    if share < 1 and names and process_rank() == 0:
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        print(f"{count} clips, fewer than 1,000: {share:.0%} of the preset's {flags}")
     return replace(s, **{name: round(share * getattr(s, name)) for name in names})
+
+
+def count_processes(s: Settings, stages: list[type[Stage]], frames: int) -> int:
+    """Return how many processes train on a CPU: 1, 2 or 4, with equal parts of every batch."""
+    clips = math.gcd(*(stage.fewest_clips(s, frames) for stage in stages))
+    fitting = [n for n in (4, 2, 1) if n <= usable_cores() and clips % n == 0]
+    return next((n for n in fitting if s.batch_size % (n * s.accumulate) == 0), 1)
+
+
+def fit_batch(s: Settings, overrides: dict, count: int) -> Settings:
+    """Let a default batch have a clip for each micro-batch of each process, and say so.
+
+    Raises InputError for a batch that a flag gives and that cannot be shared equally.
+    """
+    parts = count * s.accumulate
+    if s.batch_size % parts == 0:
+        return s
+    if "batch_size" in overrides or s.batch_size > parts:
+        raise InputError(f"--batch-size {s.batch_size}, --accumulate {s.accumulate}: give "
+                         f"multiples of {count} processes x {s.accumulate} micro-batches")
+    if process_rank() == 0:
+        print(f"--batch-size {parts}: one clip for each of {count} processes x {s.accumulate}")
+    return replace(s, batch_size=parts)
 
 
 def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset) -> None:
@@ -553,126 +420,137 @@ def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset) -> No
           f"{cut} cut at {length} tokens; {len(held_out)} clips held out")
 
 
-def train(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset, s: Settings, out: Path,
+def new_model(s: Settings, captions: list[str]) -> MagicVideo:
+    """Make an untrained model, whose tokenizer learns from the captions."""
+    model = MagicVideo.from_preset(s.preset, s.frames, [*filter(None, captions)])
+    # log sigma^2 starts at -6: with noise of size 1 the decoder would ignore the latents
+    nn.init.constant_(model.vae.quant_conv.bias[model.config.vae.latent_channels :], -6.0)
+    return model
+
+
+def estimate_minutes(stage: Stage, clips: ClipDataset) -> float:
+    """Time a step of a stage, which changes no weight -> about how long the stage will take."""
+    size, frames = stage.plan_batch(0, clips.frames)
+    shards = micro_batches(size, stage.s.accumulate)
+    item = clips[0]
+    if stage.s.cache and stage.reads_latents:
+        item["z0"] = stage.model.encode(item.pop("video")[None])[0].cpu()
+    items = [item] * len(range(size)[shards[0]])
+    for _ in range(3):  # the last counts
+        started = time.time()
+        draw = Draw(torch.Generator(), size, shards[0])
+        batch = stage.batch(items, draw, frames)
+        with autocast(stage.model.device, stage.s.precision):
+            errors, _ = stage(batch, draw)
+        errors.mean().backward()
+        errors.sum().item()  # waits for a GPU
+        stage.zero_grad()
+    return (time.time() - started) * len(shards) * stage.steps / 60
+
+
+def train(stages: list[Stage], clips: ClipDataset, held_out: ClipDataset, out: Path,
           resumed: dict | None) -> None:
-    """Train all stages of a run, write its model, and say where everything is."""
-    say = print if rank() == 0 else lambda text: None
+    """Train the stages of a run, write its model, and say where everything is."""
+    say = print if process_rank() == 0 else lambda text: None
     started = time.time()
-    skipped = "image" if model.config.pretrained else "vae" if s.init_from else ""
-    stages = [stage for stage in BASE_STAGES if getattr(s, f"{stage}_steps") and stage != skipped]
-    stages = [s.stage] if s.stage else stages
-    if skipped == "vae" and not s.stage:
-        say(f"the VAE of {s.init_from} stays as it is; --stage vae trains it")
-    steps = [f"{getattr(s, f'{stage}_steps')} steps of stage {stage}" for stage in stages]
-    say(f"preset {s.preset}: {', '.join(steps)}")
-    log = out / "log.csv"
+    s, model = stages[0].s, stages[0].model
+    steps = ", ".join(f"{stage.steps} steps of stage {stage.name}" for stage in stages)
+    say(f"preset {s.preset}: {steps}")
     if resumed:
-        position = stages.index(resumed["stage"])
-        if rank() == 0:  # the rows after the checkpoint come again
-            rows = read_log(log)
-            log.write_text("")
-            for row in rows:
-                append_log(log, row)
-                if (row["stage"], int(row["step"])) == (resumed["stage"], resumed["step"]):
-                    break
-        stages = stages[position:]
+        stages = stages[[stage.name for stage in stages].index(resumed["stage"]) :]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     minutes = {}
-    if not resumed and sum(getattr(s, f"{stage}_steps") for stage in stages) > 100:
-        minutes = {stage: estimate_minutes(model, clips, stage, s) for stage in stages}
-        longest = max(stages, key=minutes.get)
+    if not resumed and sum(stage.steps for stage in stages) > 100:
+        minutes = {stage.name: estimate_minutes(stage, clips) for stage in stages}
+        longest = max(minutes, key=minutes.get)
         say(f"about {sum(minutes.values()):.0f} minutes on this machine; fewer --{longest}-steps "
             f"make it shorter")
     latents = []
     for stage in stages:
-        if stage in minutes:
-            say(f"stage {stage}: about {minutes[stage]:.1f} minutes")
-        if s.cache and not latents and stage not in ("vae", "upscale"):
-            cuts = max(s.cache, len(clips.captions))
-            latents = encode_clips(model, clips, cuts, rank(), world())
-        is_resumed = resumed and stage == resumed["stage"]
-        train_stage(model, clips, latents, held_out, stage, s, out, resumed if is_resumed else None)
-    if rank() == 0:
+        if minutes:
+            say(f"stage {stage.name}: about {minutes[stage.name]:.1f} minutes")
+        if s.cache and not latents and stage.reads_latents:
+            latents = encode_clips(model, clips, max(s.cache, len(clips.captions)))
+        train_stage(stage, clips, latents if stage.reads_latents else [], held_out, out, resumed)
+        resumed = None
+    if process_rank() == 0:
         model.save(out / "model.pt")
-        losses = [(float(row["held_out_loss"]), row["step"]) for row in read_log(log)
-                  if row["stage"] == stages[-1] and row["held_out_loss"]]
+        losses = [(float(row["held_out_loss"]), row["step"]) for row in read_log(out / "log.csv")
+                  if row["stage"] == stage.name and row["held_out_loss"]]
         if losses:
             loss, step = min(losses)
-            say(f"stage {stages[-1]}: the held-out loss was lowest at step {step}, {loss:.4f}")
-    prompt = next((caption for caption in clips.captions if caption), "")
-    say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt, pictures in "
-        f"{out}/samples, losses in {out}/log.csv\nnext: python sample.py {shlex.quote(prompt)} "
-        f"--checkpoint {shlex.quote(str(out))}/model.pt")
+            say(f"stage {stage.name}: the held-out loss was lowest at step {step}, {loss:.4f}")
+    pictures = f", pictures in {out}/samples" if (out / "samples").is_dir() else ""
+    prompt = min(filter(None, clips.captions), key=len, default="")[:200]
+    say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in "
+        f"{out}/log.csv\nnext: python sample.py {shlex.quote(prompt)} --checkpoint "
+        f"{shlex.quote(str(out))}/model.pt")
 
 
 def main(arguments: list[str], script: str | None = None) -> None:
     """Read the command line and train; on a CPU by several processes of `script`."""
     flags, overrides = read_flags(arguments)
     device = pick_device(flags.device)
-    if world() > 1 and not flags.out:
+    if flags.ranks is not None and flags.ranks < 1:
+        raise InputError(f"--ranks {flags.ranks}: give 1 or more")
+    if process_count() > 1 and not flags.out:
         raise InputError("torchrun: add --out FOLDER, so that all processes find it")
     out = Path(flags.out or "")
-    has_run = bool(flags.out) and (out / "checkpoint.pt").exists()
     resumed = None
     if flags.resume and not flags.out:
         raise InputError("--resume: name the run's folder with --out")
-    if flags.resume or has_run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if flags.resume:
         s, model, resumed = resume(out, overrides)
-    elif has_run or flags.out and (out / "model.pt").exists():
+    elif flags.out and ((out / "checkpoint.pt").exists() or (out / "model.pt").exists()):
         raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
         s, model = start(overrides)
+    autocast(device, s.precision)  # raises InputError where the device has no bfloat16
     config = model.config if model else PRESETS[s.preset]
-    frames = {"interpolate": cascade.NEW_FRAMES + 2, "upscale": 1}.get(
-        s.stage, s.frames or config.unet.frames)
-    smallest = math.gcd(s.batch_size, max(1, s.vae_batch_size // frames))  # batches, in clips
-    count = world()
+    classes = choose_stages(s, config.pretrained)
+    frames = classes[-1].clip_frames or s.frames or config.unet.frames
+    count = process_count()
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
-        count = flags.ranks or math.gcd(smallest, s.batch_size // s.accumulate or 1, os.cpu_count())
-    if smallest % count or s.batch_size % (count * s.accumulate):
-        raise InputError(f"--batch-size {s.batch_size}, --vae-batch-size {s.vae_batch_size}: give "
-                         f"multiples of {count} processes x {s.accumulate} micro-batches, clips of "
-                         f"{frames} frames")
-    size = config.size * (cascade.SCALE if s.stage == "upscale" else 1)
-    rate_multiplier = cascade.NEW_FRAMES + 1 if s.stage == "interpolate" else 1
+        count = flags.ranks or count_processes(s, classes, frames)
+    s = fit_batch(s, overrides, count)
     clips, held_out = open_data(
-        s.data, frames, size, s.seed, rate_multiplier, s.held_out, store=s.frame_store,
-        max_frames=s.max_frames, skip_unusable=s.skip_unusable)
-    if resumed and resumed.get("clips") not in (None, getattr(clips, "names", [])):
-        raise InputError(f"--data {s.data}: its clips are not those that the run began with; name "
-                         f"a folder with the same")
+        s.data, frames, config.size * classes[-1].scale, s.seed, classes[-1].rate_multiplier,
+        s.held_out, store=s.frame_store, max_frames=s.max_frames, skip_unusable=s.skip_unusable)
+    if resumed and resumed["clips"] != getattr(clips, "names", []):
+        raise InputError(f"--data {s.data}: these are not the clips this run started with; name a "
+                         f"folder with the same")
     if not resumed and s.data != "shapes":
         s = scale_steps(s, overrides, len(clips))
+    torch.manual_seed(s.seed)
+    model = (model or new_model(s, clips.captions)).train()
+    stages = [stage(model, s) for stage in classes]
+    for stage in stages:
+        stage.chosen()  # raises InputError before the first stage for what the last one lacks
     log = None
-    if rank() == 0:
+    processes = []
+    if process_rank() == 0:
+        if s.data != "shapes":
+            describe(model, clips, held_out)
         out, log = claim_folder(flags.out, Path(s.data).resolve().name)
         if not resumed:
             log.truncate(0)  # of a run that was killed before its first checkpoint
-    processes = []
     try:
-        if count > world():
-            processes = start_ranks(count, [script, *arguments, "--out", str(out)])
-        device = join_ranks(device)
-        torch.manual_seed(s.seed)
-        if not model:
-            captions = [caption for caption in clips.captions if caption]
-            model = MagicVideo.from_preset(s.preset, s.frames, captions)
-            # log sigma^2 starts at -6: with noise of size 1 the decoder would ignore the latents
-            nn.init.constant_(model.vae.quant_conv.bias[model.config.vae.latent_channels :], -6.0)
-        if rank() == 0 and s.data != "shapes":
-            describe(model, clips, held_out)
-        train(model.to(device).train(), clips, held_out, s, out, resumed)
+        if count > process_count():
+            processes = start_processes(count, [script, *arguments, "--out", str(out)])
+        device = join_processes(device, processes)
+        for stage in stages:
+            stage.to(device)
+        train(stages, clips, held_out, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
         command = f"go on with: python train.py --resume --out {shlex.quote(str(out))}"
         raise InputError(f"stopped; {command}" if saved else "stopped, nothing saved yet") from None
     except RuntimeError as error:
-        if world() == 1 or "onnection" not in str(error):
+        if process_count() == 1 or "onnection" not in str(error):
             raise
         raise InputError(f"another process has ended; go on with --resume --out {out}") from error
     finally:
-        for process in processes:  # they have ended, or wait for this one, which has failed
-            process.kill()
+        leave_processes(processes)
         if log:
             log.close()
 

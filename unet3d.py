@@ -1,10 +1,11 @@
 """The 3D U-Net of MagicVideo (paper §3.2): Stable Diffusion's image U-Net, taught to see a clip.
 
-Three small parts are added to the image model, and each starts without effect, so that training
-begins from the image model exactly: a `FrameAdaptor` after every 3x3 convolution and
-self-attention, a `DirectedTemporalAttention` beside every spatial transformer, an `FPSEmbedding`
-added to the time embedding. Image parts bear diffusers' names; the video parts stand in parallel
-lists, so that no image weight changes its name. Read `diffusion.py` next: what this network is for.
+Three small parts are added to the image model: a `FrameAdaptor` after every 3x3 convolution and
+self-attention, a `DirectedTemporalAttention` beside every spatial transformer, and an
+`FPSEmbedding` added to the time embedding. Each starts without effect, so that training begins
+from the image model exactly. Image parts keep diffusers' names; the video parts stand in lists
+parallel to theirs, so that no image weight changes its name. Read `diffusion.py` next: it trains
+this network and samples with it.
 """
 
 import math
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASKS = ("strict", "literal", "bidirectional")
-MAX_BATCH = 65_535  # sequences in one call, the limit of torch's fused CUDA kernels
 
 
 @dataclass
@@ -25,10 +25,10 @@ class UNetConfig:
 
     in_channels: int = 4
     out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, half the size each
-    attention: tuple[bool, ...] = (True, True, True, False)  # levels with an ST block
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of each level; the next has half the side
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels have ST blocks
     layers: int = 2  # resnets of a level in the encoder half, one more in the decoder half
-    heads: int = 8
+    heads: int = 8  # of every attention
     groups: int = 32  # of every GroupNorm
     context_width: int = 768  # of the text tokens
     frames: int = 16  # the adaptors hold one scale and one shift per frame; 0 = an image model
@@ -52,7 +52,7 @@ class FrameAdaptor(nn.Module):
         self.shift = nn.Parameter(torch.zeros(frames, channels))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (b, f, c, h, w), or tokens (b, f, n, c) -> same. Raises ValueError for another f."""
+        """Adapt z (b, f, c, h, w) or tokens (b, f, n, c). Raises ValueError for another f."""
         frames = len(self.scale)
         if z.shape[1] != frames:
             raise ValueError(f"{z.shape[1]} frames given, but this model's adaptors hold one scale "
@@ -74,19 +74,20 @@ def directed_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> Tensor:
     sum, and truly "independent of future frames" as the text promises. "bidirectional" has no mask
     (ours, for interpolation).
     """
+    # scores = Q K^T / sqrt(d), M = 1 on and below the diagonal and 0 above it
+    if mask == "strict":
+        # A = softmax(scores.masked_fill(M == 0, -inf)), out = A V: the same, in one fused call
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if mask == "literal":
-        # A = softmax(Q K^T / sqrt(d)) * M, out = A V
+        # A = softmax(scores) * M, out = A V
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         return (scores.softmax(-1) * torch.ones_like(scores).tril()) @ v
-    # strict: A = scores.masked_fill(M == 0, -inf).softmax(-1); bidirectional: A =
-    # scores.softmax(-1)
-    parts = zip(q.split(MAX_BATCH), k.split(MAX_BATCH), v.split(MAX_BATCH))
-    causal = mask == "strict"
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=causal) for qkv in parts])
+    # bidirectional, A = softmax(scores), out = A V: the same, in one fused call
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class DirectedTemporalAttention(nn.Module):
-    """T-Attn(LN(z)): each spatial location attends over its own past frames (paper §3.2.2).
+    """Attend over the frames of each spatial location by itself: T-Attn(LN(z)) (paper §3.2.2).
 
     Frames mix at equal (h, w) only. There is no frame position: order comes from the mask and the
     adaptors, as in the paper. The output projection starts at zero, weight and bias (ours: the
@@ -108,9 +109,9 @@ class DirectedTemporalAttention(nn.Module):
         nn.init.zeros_(self.to_out.bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (b, f, c, h, w) -> what to add to z, the same shape."""
+        """Return what to add to z: z (b, f, c, h, w) -> the same shape."""
         b, f, c, h, w = z.shape
-        # one short sequence per spatial location (h, w): its f frames
+        # each spatial location (h, w) is one short sequence, of its f frames
         tokens = self.norm(z.permute(0, 3, 4, 1, 2)).reshape(b * h * w, f, c)
         q = split_heads(self.to_q(tokens), self.heads)  # (b*h*w, heads, f, c/heads)
         k = split_heads(self.to_k(tokens), self.heads)
@@ -119,12 +120,18 @@ class DirectedTemporalAttention(nn.Module):
         return out.reshape(b, h, w, f, c).permute(0, 3, 4, 1, 2)
 
 
+def is_video_parameter(name: str) -> bool:
+    """Tell whether a parameter is MagicVideo's own, one that Stable Diffusion does not have."""
+    return any(part in name for part in ("adaptor", "temporal", "fps_embedding"))
+
+
 # --------------------------------------------------------------------------------------------------
-# Stable Diffusion's parts, in diffusers' names; FPSEmbedding shares TimestepEmbedding's code
+# Stable Diffusion's parts, with diffusers' names. FPSEmbedding is MagicVideo's; it stands here
+# because it has the layers of TimestepEmbedding
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
-    """Waves [cos, sin] of periods 2 pi .. 20000 pi, float32: x (b,) -> (b, width) (matches SD)."""
+    """Map x (b,) to float32 waves [cos, sin] (b, width), periods 2 pi .. 20000 pi (matches SD)."""
     exponents = torch.arange(width // 2, dtype=torch.float32, device=x.device) / (width // 2)
     frequencies = torch.exp(-math.log(10000) * exponents)
     angles = x.float()[:, None] * frequencies
@@ -132,12 +139,12 @@ def sinusoid(x: Tensor, width: int) -> Tensor:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(n, l, c) -> (n, heads, l, c/heads)."""
+    """Split the width of tokens into heads: x (n, l, c) -> (n, heads, l, c/heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(n, heads, l, d) -> (n, l, heads*d)."""
+    """Undo `split_heads`: x (n, heads, l, d) -> (n, l, heads*d)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -146,8 +153,14 @@ def per_frame(layer: nn.Module, z: Tensor) -> Tensor:
     return layer(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
+def convolve(conv: nn.Module, z: Tensor, adaptor: FrameAdaptor | None) -> Tensor:
+    """Convolve every frame of z (b, f, c, h, w), then apply the adaptor unless it is None."""
+    z = per_frame(conv, z)
+    return adaptor(z) if adaptor else z
+
+
 class TimestepEmbedding(nn.Module):
-    """Linear, SiLU, Linear over the sinusoid of the step: t (b,) -> (b, 4c) (matches SD)."""
+    """Embed the step: emb = Linear(SiLU(Linear(Sin(t)))), t (b,) -> (b, 4c) (matches SD)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -156,14 +169,15 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         wave = sinusoid(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        # emb = Linear(SiLU(Linear(Sin(t)))), and in FPSEmbedding with v for t
+        # emb = Linear(SiLU(Linear(Sin(t)))); for FPSEmbedding v stands for t
         return self.linear_2(F.silu(self.linear_1(wave)))
 
 
 class FPSEmbedding(TimestepEmbedding):
-    """emb_v = Linear(SiLU(Linear(Sin(v)))), v frames per second: fps (b,) -> (b, 4c) (paper §3.2).
+    """Embed the frames per second v: emb_v = Linear(SiLU(Linear(Sin(v)))) (paper §3.2).
 
-    Added to the time embedding, its last layer zero at the start (both ours: the paper is silent).
+    fps (b,) -> (b, 4c). It is added to the time embedding, and its last layer starts at zero (both
+    ours: the paper is silent).
     """
 
     def __init__(self, channels: int):
@@ -173,9 +187,9 @@ class FPSEmbedding(TimestepEmbedding):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with a residual, the time embedding added between them (matches SD).
+    """Apply two 3x3 convolutions with a residual, adding the time embedding between (matches SD).
 
-    Video: each convolution is followed by its own `FrameAdaptor` (paper §3.2.1).
+    In a video model each convolution is followed by its own `FrameAdaptor` (paper §3.2.1).
     """
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
@@ -188,17 +202,19 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, z: Tensor, emb: Tensor, adaptors: nn.ModuleList | None) -> Tensor:
-        """z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), two adaptors or None -> z_out."""
-        x = per_frame(self.conv1, F.silu(per_frame(self.norm1, z)))  # (b, f, c_out, h, w)
-        x = adaptors[0](x) if adaptors else x
+        """Map z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]) to z_out (b, f, c_out, h, w).
+
+        The adaptors are two, or None in the image model.
+        """
+        first, second = adaptors or (None, None)
+        x = convolve(self.conv1, F.silu(per_frame(self.norm1, z)), first)  # (b, f, c_out, h, w)
         x = x + self.time_emb_proj(F.silu(emb))[..., None, None]
-        x = per_frame(self.conv2, F.silu(per_frame(self.norm2, x)))
-        x = adaptors[1](x) if adaptors else x
+        x = convolve(self.conv2, F.silu(per_frame(self.norm2, x)), second)
         return x + (per_frame(self.conv_shortcut, z) if self.conv_shortcut else z)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (n, l, c) to context (n, m, d) -> (n, l, c) (matches SD)."""
+    """Let x (n, l, c) attend to context (n, m, d) with several heads -> (n, l, c) (matches SD)."""
 
     def __init__(self, channels: int, context_width: int, heads: int):
         super().__init__()
@@ -216,7 +232,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """(n, c) -> (n, 4c): value * GELU(gate), value and gate from one projection (matches SD)."""
+    """Project x (..., c) to a value and a gate -> value * GELU(gate) (..., 4c) (matches SD)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -228,7 +244,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU and a linear layer back to c; SD's list has a dropout, without weights, at index 1."""
+    """Apply GEGLU, then project 4c back to c; at index 1 SD has a dropout, without weights."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -240,9 +256,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """S-Attn(z) = Cross-Attn(LN(MHSA(LN(z)))) with SD's residuals and feed-forward (paper §3.2.2).
+    """Compute S-Attn(z) = Cross-Attn(LN(MHSA(LN(z)))), with SD's residuals (paper §3.2.2).
 
-    Video: the paper's figure (§3.2.1) draws a second adaptor after each frame's self-attention.
+    SD's feed-forward follows. In a video model, each frame's self-attention is followed by an
+    adaptor, the second one in the paper's figure (§3.2.1).
     """
 
     def __init__(self, channels: int, config: UNetConfig):
@@ -255,7 +272,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, tokens: Tensor, context: Tensor, adaptor: FrameAdaptor | None) -> Tensor:
-        """tokens (b, f, h*w, c), context (b, l, d) -> the same shape as tokens."""
+        """Map tokens (b, f, h*w, c) and context (b, l, d) to the same shape as tokens."""
         b, f, n, c = tokens.shape
         x = self.norm1(tokens).flatten(0, 1)  # (b*f, h*w, c): frames do not see each other
         x = self.attn1(x, x).unflatten(0, (b, f))  # (b, f, h*w, c)
@@ -267,7 +284,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """S-Attn with its norm, projections and residual around it (paper §3.2.2; matches SD)."""
+    """Apply S-Attn between a norm, two projections and a residual (paper §3.2.2; matches SD)."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -277,7 +294,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, z: Tensor, context: Tensor, adaptor: FrameAdaptor | None) -> Tensor:
-        """z (b, f, c, h, w), context (b, l, d) -> the same shape as z."""
+        """Map z (b, f, c, h, w) and context (b, l, d) to the same shape as z."""
         b, f, c, h, w = z.shape
         tokens = per_frame(self.proj_in, per_frame(self.norm, z))
         tokens = tokens.flatten(3).transpose(2, 3)  # (b, f, h*w, c)
@@ -287,7 +304,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(n, c, h, w) -> (n, c, h/2, w/2): convolution of stride 2, padding 1 (matches SD's U-Net)."""
+    """Halve h and w of x (n, c, h, w) by a convolution of stride 2 (matches SD's U-Net)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -298,7 +315,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(n, c, h, w) -> (n, c, 2h, 2w): nearest neighbour, then a convolution (matches SD)."""
+    """Double h and w of x (n, c, h, w) by repeating pixels, then convolve (matches SD)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -313,30 +330,30 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution: image parts and, in parallel lists, the video parts."""
+    """Hold the layers of one resolution: image parts and, in parallel lists, the video parts.
+
+    Resnet i reads `inputs[i]` channels and writes c. `attentions` is the number of ST blocks.
+    """
 
     def __init__(self, inputs: list[int], c: int, attentions: int, config: UNetConfig,
                  downsample: bool = False, upsample: bool = False):
         super().__init__()
-        frames = config.frames
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, config) for c_in in inputs)
         self.attentions = nn.ModuleList(SpatialTransformer(c, config) for _ in range(attentions))
         self.downsamplers = nn.ModuleList([Downsample(c)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(c)] if upsample else [])
-        if frames:
-            pairs = [[FrameAdaptor(frames, c), FrameAdaptor(frames, c)] for _ in inputs]
-            self.resnet_adaptors = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
-            self.attention_adaptors = nn.ModuleList(
-                FrameAdaptor(frames, c) for _ in range(attentions))
+        if config.frames:
+            def adaptors(count: int) -> nn.ModuleList:
+                return nn.ModuleList(FrameAdaptor(config.frames, c) for _ in range(count))
+            self.resnet_adaptors = nn.ModuleList(adaptors(2) for _ in inputs)
+            self.attention_adaptors = adaptors(attentions)
             self.temporal_attentions = nn.ModuleList(
                 DirectedTemporalAttention(c, config.heads, config.mask) for _ in range(attentions))
-            self.downsampler_adaptors = nn.ModuleList(
-                FrameAdaptor(frames, c) for _ in self.downsamplers)
-            self.upsampler_adaptors = nn.ModuleList(
-                FrameAdaptor(frames, c) for _ in self.upsamplers)
+            self.downsampler_adaptors = adaptors(len(self.downsamplers))
+            self.upsampler_adaptors = adaptors(len(self.upsamplers))
 
     def layer(self, i: int, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
-        """Resnet i and, where there is one, the ST block i (paper §3.2.2 and figure).
+        """Run resnet i and, where there is one, ST block i (paper §3.2.2 and figure).
 
         z (b, f, c_in, h, w), emb (b, 1 or f, 4 * channels[0]), context (b, l, d) -> z_out.
         """
@@ -349,14 +366,40 @@ class Level(nn.Module):
         s_attn = self.attentions[i](z, context, self.attention_adaptors[i])
         return s_attn + self.temporal_attentions[i](z)
 
+    def downsample(self, z: Tensor, video: bool) -> Tensor:
+        """Halve h and w for the next level: z (b, f, c, h, w) -> (b, f, c, h/2, w/2)."""
+        return convolve(self.downsamplers[0], z, self.downsampler_adaptors[0] if video else None)
+
+    def upsample(self, z: Tensor, video: bool) -> Tensor:
+        """Double h and w for the next level: z (b, f, c, h, w) -> (b, f, c, 2h, 2w)."""
+        return convolve(self.upsamplers[0], z, self.upsampler_adaptors[0] if video else None)
+
 
 class UNet3D(nn.Module):
-    """Noise predictor: z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat (§3.2).
+    """Predict the noise in the latents of a clip (paper §3.2).
 
-    t can be (b, f), a timestep a frame. Without fps it is the image model: each frame by itself,
-    any number of them, no video part used. GroupNorm sees one frame at a time, so with strict masks
-    the whole network is causal in the frames.
+    z (b, f, c, h, w), t (b,), context (b, l, d), fps (b,) -> eps_hat like z; t can be (b, f), a
+    timestep for each frame. fps is also the switch: with it this is the video model, without it the
+    image model, for which each frame is an image by itself, and there can be any number of them.
+    GroupNorm sees one frame at a time, so with strict masks the network is causal in the frames.
     """
+
+    # Sizes of Stable Diffusion for the paper's clips, 16 frames of 256 x 256: latents of 32 x 32.
+    # Channels: what each resnet reads (up_blocks: z and a skip) -> what all write. Side: of the
+    # resnets -> after the downsampler or upsampler. Every ST block has a temporal attention.
+    #
+    #   layers           channels                   side       frames   ST blocks
+    #   conv_in          4 -> 320                   32         16       0
+    #   down_blocks[0]   320, 320 -> 320            32 -> 16   16       2
+    #   down_blocks[1]   320, 640 -> 640            16 -> 8    16       2
+    #   down_blocks[2]   640, 1280 -> 1280          8 -> 4     16       2
+    #   down_blocks[3]   1280, 1280 -> 1280         4          16       0
+    #   mid_block        1280, 1280 -> 1280         4          16       1
+    #   up_blocks[0]     2560, 2560, 2560 -> 1280   4 -> 8     16       0
+    #   up_blocks[1]     2560, 2560, 1920 -> 1280   8 -> 16    16       3
+    #   up_blocks[2]     1920, 1280, 960 -> 640     16 -> 32   16       3
+    #   up_blocks[3]     960, 640, 640 -> 320       32         16       3
+    #   conv_out         320 -> 4                   32         16       0
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -364,25 +407,26 @@ class UNet3D(nn.Module):
         c = config.channels
         self.conv_in = nn.Conv2d(config.in_channels, c[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(c[0])
-        # z_width is the width of z, skips those of the outputs kept for the decoder half
-        z_width = c[0]
-        skips = [c[0]]
+        z_width = c[0]  # the width of z before a level
+        skips = [c[0]]  # the widths of the outputs that the decoder half reads again
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(c):
-            last = i == len(c) - 1
+            is_last = i == len(c) - 1
             inputs = [z_width] + [width] * (config.layers - 1)
-            attentions = config.layers * config.attention[i]
-            self.down_blocks.append(Level(inputs, width, attentions, config, downsample=not last))
-            skips += [width] * (config.layers + (not last))
+            blocks = config.layers if config.attention[i] else 0
+            self.down_blocks.append(Level(inputs, width, blocks, config, downsample=not is_last))
+            skips += [width] * config.layers
+            if not is_last:
+                skips.append(width)  # of the downsampler's output
             z_width = width
         self.mid_block = Level([z_width, z_width], z_width, 1, config)
         self.up_blocks = nn.ModuleList()
-        for i, width in reversed([*enumerate(c)]):
-            widths = [z_width] + [width] * config.layers
-            inputs = [width_j + skips.pop() for width_j in widths]
-            attentions = len(inputs) * config.attention[i]
-            self.up_blocks.append(Level(inputs, width, attentions, config, upsample=i > 0))
-            z_width = width
+        for i in reversed(range(len(c))):
+            inputs = [z_width + skips.pop()]
+            inputs += [c[i] + skips.pop() for _ in range(config.layers)]
+            blocks = config.layers + 1 if config.attention[i] else 0
+            self.up_blocks.append(Level(inputs, c[i], blocks, config, upsample=i > 0))
+            z_width = c[i]
         self.conv_norm_out = nn.GroupNorm(config.groups, c[0], eps=1e-5)
         self.conv_out = nn.Conv2d(c[0], config.out_channels, 3, padding=1)
         if config.frames:  # the video parts outside the levels
@@ -391,33 +435,31 @@ class UNet3D(nn.Module):
             self.fps_embedding = FPSEmbedding(c[0])
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None) -> Tensor:
-        """Raises ValueError for another number of frames than the adaptors'."""
+        """Predict eps. Raises ValueError for another number of frames than the adaptors'."""
         emb = self.time_embedding(t.flatten()).unflatten(0, (len(t), -1))  # (b, 1 or f, 4c)
-        if fps is not None:
-            emb = emb + self.fps_embedding(fps)[:, None]
-        return self.layers(z, emb, context, fps is not None)
+        if fps is None:  # the image model: no video part runs
+            return self.run_levels(z, emb, context, video=False)
+        emb = emb + self.fps_embedding(fps)[:, None]
+        return self.run_levels(z, emb, context, video=True)
 
-    def layers(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
-        """Run all layers on z (b, f, c, h, w) with embedding emb (b, 1 or f, 4 * channels[0])."""
-        z = per_frame(self.conv_in, z)  # (b, f, c, h, w)
-        z = self.conv_in_adaptor(z) if video else z
+    def run_levels(self, z: Tensor, emb: Tensor, context: Tensor, video: bool) -> Tensor:
+        """Run all layers on z (b, f, c, h, w), emb (b, 1 or f, 4c), the video parts if `video`."""
+        z = convolve(self.conv_in, z, self.conv_in_adaptor if video else None)  # (b, f, c, h, w)
         skips = [z]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                z = level.layer(i, z, emb, context, video)
+                z = level.layer(i, z, emb, context, video)     # (b, f, c, h, w)
                 skips.append(z)
             if level.downsamplers:
-                z = per_frame(level.downsamplers[0], z)  # (b, f, c, h/2, w/2)
-                z = level.downsampler_adaptors[0](z) if video else z
+                z = level.downsample(z, video)                 # (b, f, c, h/2, w/2)
                 skips.append(z)
-        for i in range(2):
+        for i in range(len(self.mid_block.resnets)):
             z = self.mid_block.layer(i, z, emb, context, video)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                z = torch.cat([z, skips.pop()], dim=2)  # (b, f, c + c_skip, h, w)
-                z = level.layer(i, z, emb, context, video)  # (b, f, c, h, w)
+                z = torch.cat([z, skips.pop()], dim=2)         # (b, f, c + c_skip, h, w)
+                z = level.layer(i, z, emb, context, video)     # (b, f, c, h, w)
             if level.upsamplers:
-                z = per_frame(level.upsamplers[0], z)  # (b, f, c, 2h, 2w)
-                z = level.upsampler_adaptors[0](z) if video else z
-        z = per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, z)))
-        return self.conv_out_adaptor(z) if video else z
+                z = level.upsample(z, video)                   # (b, f, c, 2h, 2w)
+        z = F.silu(per_frame(self.conv_norm_out, z))
+        return convolve(self.conv_out, z, self.conv_out_adaptor if video else None)

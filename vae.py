@@ -1,9 +1,9 @@
 """VideoVAE (paper §3, VideoVAE): Stable Diffusion's autoencoder with a decoder that sees the clip.
 
-The encoder is the image encoder, frame by frame. The decoder has two `DirectedTemporalAttention`
-layers against flicker, the paper's "pixel dithering". They are causal, although the decoder has all
-latents at hand, since the paper calls them directed. Each starts at zero, so that an image VAE
-stays itself. Read `clip_text.py` next.
+The encoder is the image encoder and reads each frame by itself. The decoder has two
+`DirectedTemporalAttention` layers against flicker, the paper's "pixel dithering". They are causal,
+although the decoder has all latents at hand, because the paper calls them directed. Each starts
+without effect, so that an image VAE stays itself. Read `clip_text.py` next.
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from unet3d import DirectedTemporalAttention, Upsample
 class VAEConfig:
     """Sizes of the VideoVAE; the defaults are Stable Diffusion 1.x."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level; all but the last downsample
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level; the next has half the side
     latent_channels: int = 4
     layers: int = 2  # resnets of a level in the encoder, one more in the decoder
     groups: int = 32  # of every GroupNorm
-    scaling_factor: float = 0.18215  # 1 / standard deviation of the latents
+    scaling_factor: float = 0.18215  # 1 / standard deviation of the means, all channels together
 
 
 class VideoVAE(nn.Module):
-    """Frames to latents and back, (b, f, 3, h, w) <-> (b, f, 4, h/8, w/8) (paper §3, VideoVAE).
+    """Encode frames, decode latents: (b, f, 3, h, w) <-> (b, f, 4, h/8, w/8) (paper §3, VideoVAE).
 
     `encode` returns the posterior, `sample_latents` draws from it and multiplies by
-    `scaling_factor`, so that diffusion sees about N(0, 1), and `decode` takes such latents (matches
-    SD).
+    `scaling_factor`, and `decode` takes such latents (matches SD). The factor makes the standard
+    deviation of the means about 1 over all channels together; a single channel can be far from it.
     """
 
     def __init__(self, config: VAEConfig):
@@ -44,9 +44,10 @@ class VideoVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Video (b, f, 3, h, w) in [-1, 1] -> mean, logvar, each (b, f, 4, h/8, w/8), unscaled.
+        """Encode each frame by itself -> mean and logvar of the posterior, unscaled (paper §3).
 
-        Every frame by itself (paper §3). Raises ValueError for sizes that are no multiple of 8.
+        video (b, f, 3, h, w) in [-1, 1] -> each (b, f, 4, h/8, w/8). Raises ValueError for sizes
+        that are no multiple of 8.
         """
         factor = 2 ** (len(self.config.channels) - 1)
         if video.shape[-2] % factor or video.shape[-1] % factor:
@@ -60,9 +61,9 @@ class VideoVAE(nn.Module):
         return (mean + (0.5 * logvar).exp() * eps) * self.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (b, f, 4, h, w) -> video (b, f, 3, 8h, 8w), about [-1, 1], not clamped.
+        """Decode scaled latents (b, f, 4, h, w) -> video (b, f, 3, 8h, 8w), about in [-1, 1].
 
-        With f = 1 the temporal layers are skipped, so that the decoder is SD's (matches SD).
+        Nothing is clamped. With f = 1 the temporal layers are skipped: the decoder matches SD.
         """
         b, f = latents.shape[:2]
         x = self.post_quant_conv((latents / self.config.scaling_factor).flatten(0, 1))
@@ -70,15 +71,29 @@ class VideoVAE(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (n, 3, h, w) -> (n, 8, h/8, w/8), mean and logvar before `quant_conv` (matches SD)."""
+    """Encode images (n, 3, h, w) -> (n, 8, h/8, w/8), the input of `quant_conv` (matches SD)."""
+
+    # Sizes of Stable Diffusion for the paper's clips, 16 frames of 256 x 256, each by itself.
+    # Channels: what each resnet reads -> what all write. Side: of the resnets -> after the
+    # downsampler.
+    #
+    #   layers           channels          side         frames
+    #   conv_in          3 -> 128          256          16
+    #   down_blocks[0]   128, 128 -> 128   256 -> 128   16
+    #   down_blocks[1]   128, 256 -> 256   128 -> 64    16
+    #   down_blocks[2]   256, 512 -> 512   64 -> 32     16
+    #   down_blocks[3]   512, 512 -> 512   32           16
+    #   mid_block        512, 512 -> 512   32           16
+    #   conv_out         512 -> 8          32           16
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         c = config.channels
         self.conv_in = nn.Conv2d(3, c[0], 3, padding=1)
+        inputs = [c[0], *c[:-1]]  # each level reads what the one before it wrote
         self.down_blocks = nn.ModuleList(
-            Level(c_in, c_out, config.layers, config, downsample=i < len(c) - 1)
-            for i, (c_in, c_out) in enumerate(zip((c[0], *c), c)))
+            Level(inputs[i], c[i], config.layers, config, downsample=i < len(c) - 1)
+            for i in range(len(c)))
         self.mid_block = MidBlock(c[-1], config)
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 2 * config.latent_channels, 3, padding=1)
@@ -91,20 +106,35 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (b*f, 4, h, w) of clips of f frames -> frames (b*f, 3, 8h, 8w) (paper §3, VideoVAE).
+    """Decode latents (b*f, 4, h, w) of clips of f frames -> (b*f, 3, 8h, 8w) (paper §3, VideoVAE).
 
-    SD's decoder and two temporal layers, each a residual. Their places are ours: after the middle
-    block and after the first up block, where the maps are small.
+    This is SD's decoder and two temporal layers, each a residual with one head. Their places are
+    ours: after the middle block and after the first up block, where the feature maps are small.
     """
+
+    # Sizes of Stable Diffusion for the paper's clips, all 16 frames at once. The columns are the
+    # same as in `Encoder`, with upsamplers for downsamplers.
+    #
+    #   layers                   channels               side         frames
+    #   conv_in                  4 -> 512               32           16
+    #   mid_block                512, 512 -> 512        32           16
+    #   temporal_attentions[0]   512 -> 512             32           16
+    #   up_blocks[0]             512, 512, 512 -> 512   32 -> 64     16
+    #   temporal_attentions[1]   512 -> 512             64           16
+    #   up_blocks[1]             512, 512, 512 -> 512   64 -> 128    16
+    #   up_blocks[2]             512, 256, 256 -> 256   128 -> 256   16
+    #   up_blocks[3]             256, 128, 128 -> 128   256          16
+    #   conv_out                 128 -> 3               256          16
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         c = config.channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, c[0], 3, padding=1)
         self.mid_block = MidBlock(c[0], config)
+        inputs = [c[0], *c[:-1]]  # each level reads what the one before it wrote
         self.up_blocks = nn.ModuleList(
-            Level(c_in, c_out, config.layers + 1, config, upsample=i < len(c) - 1)
-            for i, (c_in, c_out) in enumerate(zip((c[0], *c), c)))
+            Level(inputs[i], c[i], config.layers + 1, config, upsample=i < len(c) - 1)
+            for i in range(len(c)))
         self.conv_norm_out = nn.GroupNorm(config.groups, c[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(c[-1], 3, 3, padding=1)
         # the video parts; both places have width c[0]
@@ -121,7 +151,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def temporal(self, place: int, x: Tensor, frames: int) -> Tensor:
-        """x + T-Attn(LN(x)) over the frames of each clip, x (b*f, c, h, w) -> the same."""
+        """Add T-Attn(LN(x)) over the frames of each clip, x (b*f, c, h, w) -> the same shape."""
         if frames == 1:
             return x
         z = x.unflatten(0, (-1, frames))  # (b, f, c, h, w)
@@ -129,11 +159,12 @@ class Decoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Stable Diffusion's parts, in diffusers' names: no time embedding, and eps 1e-6 in every GroupNorm
+# Stable Diffusion's parts, with diffusers' names: there is no time embedding, and every GroupNorm
+# has eps 1e-6
 
 
 class ResnetBlock(nn.Module):
-    """x (n, c_in, h, w) -> (n, c_out, h, w): two 3x3 convolutions with a residual (matches SD)."""
+    """Apply two 3x3 convolutions and a residual to x (n, c_in, h, w) (matches SD)."""
 
     def __init__(self, c_in: int, c_out: int, config: VAEConfig):
         super().__init__()
@@ -150,7 +181,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One-head self-attention over pixels, with residual: (n, c, h, w) -> same (matches SD)."""
+    """Let the pixels of x (n, c, h, w) attend to each other, and add x: one head (matches SD)."""
 
     def __init__(self, channels: int, config: VAEConfig):
         super().__init__()
@@ -170,7 +201,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, attention, resnet at the smallest size (matches SD)."""
+    """Apply a resnet, attention and a resnet at the smallest size (matches SD)."""
 
     def __init__(self, channels: int, config: VAEConfig):
         super().__init__()
@@ -182,7 +213,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(n, c, h, w) -> (n, c, h/2, w/2): pad right and bottom, stride 2 (matches SD's VAE)."""
+    """Halve h and w of x (n, c, h, w): pad right and bottom, stride 2 (matches SD's VAE)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -193,7 +224,7 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The resnets of one resolution, then downsampling or upsampling or neither (matches SD)."""
+    """Apply the resnets of one resolution, then downsample, upsample or neither (matches SD)."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, config: VAEConfig,
                  downsample: bool = False, upsample: bool = False):

@@ -12,18 +12,19 @@ import re
 from collections import namedtuple
 from pathlib import Path
 
-from runs import InputError
-from runs import run_command
+from runs import InputError, run_command
 
 ROOT = Path(__file__).parent.parent
 # what a copy has; all other tests, course/ and lab/ stay here: they hold solutions
 COPIED = ("*.py", "requirements.txt", "checkpoints/shapes.pt", "tests/test_exercises.py",
           "tests/test_exercises.json.gz")
+GRADERS = Path("tests/test_exercises.py")
+EXPERIMENT = "overfit.py"  # in course/, and at the root of a copy
 HEADING = re.compile(r"## (\d+)\. (.+)\n(?:`([\w.]+): ([\w.]+)`|no single function) · (.+) · "
                      r"(\d+) minutes · (\d+) points\n")
 
 
-# a section of exercises.md; the last exercise has no single function, its file is None
+# a section of exercises.md; "All together" has no single function, its file is None
 Exercise = namedtuple("Exercise", "number title file name source points text")
 
 
@@ -73,6 +74,7 @@ def build_copy(numbers: list[int]) -> dict[Path, bytes]:
     """Return the files of a student's copy by relative path, with blanks for some exercises."""
     paths = [path for pattern in COPIED for path in ROOT.glob(pattern)]
     files = {path.relative_to(ROOT): path.read_bytes() for path in paths}
+    files[Path(EXPERIMENT)] = (ROOT / "course" / EXPERIMENT).read_bytes()
     tiny = files[Path("tiny.py")]
     files[Path("tiny.py")] = re.sub(rb"\s\(docs/.*?\)", b"", tiny)  # that page is not in the copy
     chosen = [EXERCISES[number - 1] for number in numbers]

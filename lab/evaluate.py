@@ -77,7 +77,7 @@ def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
     """
     folder = open_folder(model, flags)
     real = torch.stack([signature(torch.tensor(folder.pixels[start : start + total]))
-                        for start, total, _ in tqdm(folder.clips, "real clips", disable=None)])
+                        for start, total, *_ in tqdm(folder.clips, "real clips", disable=None)])
     rows = []
     for name, part in zip(("trained captions", "held-out captions"), folder.split(flags.held_out)):
         captions = [*dict.fromkeys(filter(None, part.captions))]

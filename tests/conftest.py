@@ -24,11 +24,24 @@ def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def image_started(module: nn.Module, seed: int = 0) -> nn.Module:
     """Make the image weights random, as if trained; the video parts stay as they are born."""
-    from stable_diffusion import is_video_parameter
+    from unet3d import is_video_parameter
     state = module.state_dict()
     born = {name: p.clone() for name, p in state.items() if is_video_parameter(name)}
     shaken(module, seed).load_state_dict(born, strict=False)
     return module
+
+
+def tinier() -> dict:
+    """Return the fields of a preset that trains in seconds: 4 frames of 32 x 32."""
+    from clip_text import CLIPTextConfig
+    from unet3d import UNetConfig
+    from vae import VAEConfig
+    return dict(
+        size=32, preset="tiny", staggered=True,
+        text=CLIPTextConfig(vocab_size=560, context_length=12, width=32, layers=1, heads=2),
+        vae=VAEConfig(channels=(8, 8, 8, 16), layers=1, groups=4),
+        unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, groups=4,
+                        context_width=32, frames=4))
 
 
 def small_model(seed: int = 0):

@@ -8,6 +8,7 @@ from cascade import Interpolator, Upscaler, upsample_bicubic
 from conftest import NoFloat64, close, randn, recorded, seeded, shaken, small_model
 from data import ShapesDataset
 from magicvideo import PRESETS
+from stages import Draw
 from unet3d import FrameAdaptor
 
 TEXT = randn(2, 4, 16)  # of two clips
@@ -28,9 +29,9 @@ def upscaler(model):
     return shaken(Upscaler(model), seed=1)
 
 
-def random(draw, *shape):
-    """Draw the random numbers of a batch of two, as train.py's function does."""
-    return draw((2, *shape), generator=seeded(sum(shape)))
+def draw():
+    """Make the random numbers of a batch of two, the same at every call."""
+    return Draw(seeded(3), 2)
 
 
 def test_interpolation_starts_as_the_key_frames_network_with_mean_adaptors_blind_to_the_keys(model):
@@ -67,14 +68,14 @@ def test_key_frames_stay_bit_for_bit_and_each_gap_reads_its_own_two_text_and_rat
     keys = randn(2, 5, 4, 4, 4)
     clips = interpolator.sample(keys, TEXT, fps=8, steps=3)
     assert clips.shape == (2, 17, 4, 4, 4) and torch.equal(clips[:, ::4], keys)
-    assert len(calls) == 3  # all gaps of all clips in one batch, without guidance
-    z, _, context, fps = calls[0]
-    assert z.shape == (8, 3, 12, 4, 4) and fps.tolist() == [8.0] * 8
-    for row in range(8):
-        clip, gap = divmod(row, 4)
-        pair = torch.cat([keys[clip, gap], keys[clip, gap + 1]])
-        assert all(torch.equal(z[row, i, 4:], pair) for i in range(3))
-        assert torch.equal(context[row], TEXT[clip])
+    assert len(calls) == 2 * 3  # clip by clip all gaps in one batch, without guidance
+    for clip in range(2):
+        z, _, context, fps = calls[3 * clip]
+        assert z.shape == (4, 3, 12, 4, 4) and fps.tolist() == [8.0] * 4
+        for gap in range(4):
+            pair = torch.cat([keys[clip, gap], keys[clip, gap + 1]])
+            assert all(torch.equal(z[gap, i, 4:], pair) for i in range(3))
+            assert torch.equal(context[gap], TEXT[clip])
 
 
 def test_interpolation_learns_the_three_frames_between_two_keys_at_the_rate_of_the_keys(model):
@@ -83,11 +84,11 @@ def test_interpolation_learns_the_three_frames_between_two_keys_at_the_rate_of_t
     interpolator.unet.forward = recorded(lambda z, *_: 0 * z[:, :, :4], calls)
     z0 = randn(2, 5, 4, 4, 4)
     t = torch.tensor([300, 700])
-    loss = interpolator.loss(z0, TEXT, torch.tensor([96.0, 32.0]), t, random)
+    loss = interpolator.loss(z0, TEXT, torch.tensor([96.0, 32.0]), t, draw())
     ((z, given_t, context, fps),) = calls
     assert torch.equal(z[:, 1, 4:], z0[:, [0, 4]].flatten(1, 2)) and context is TEXT
     assert torch.equal(given_t, t) and fps.tolist() == [24.0, 8.0]
-    eps = random(torch.randn, 3, 4, 4, 4).double()
+    eps = draw().normal(3, 4, 4, 4).double()
     assert torch.equal(z[:, :, :4], interpolator.diffusion.add_noise(z0[:, 1:4], eps, t))
     v = interpolator.diffusion.target(z0[:, 1:4], eps, t)
     assert close(loss, v.square().mean((1, 2, 3, 4)), 1e-12)
@@ -135,10 +136,10 @@ def test_super_resolution_learns_what_a_crop_has_and_the_bicubic_one_lacks(model
     upscaler.unet.forward = recorded(lambda z, *_: 0 * z[:, :, :3], calls)
     frames = torch.stack([ShapesDataset(frames=1, size=32)[i]["video"] for i in range(2)]).double()
     t = torch.tensor([0, 999])
-    loss = upscaler.loss(frames, TEXT, torch.ones(2), t, random)
+    loss = upscaler.loss(frames, TEXT, torch.ones(2), t, draw())
     ((z, _, _, level),) = calls
     assert z.shape == (2, 1, 6, 8, 8) and (level < cascade.MAX_AUG_LEVEL).all()
-    eps = random(torch.randn, 1, 3, 8, 8).double()
+    eps = draw().normal(1, 3, 8, 8).double()
     for i in range(2):
         low = z[i, 0, 3:]
         crops = frames[i, 0].unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
@@ -203,6 +204,6 @@ def test_from_prompt_to_large_pixels_and_in_both_losses_float64_never_reaches_th
         fps = torch.zeros(2, device="meta")
         z = networks[0].sample(z, text, 8.0, steps=2)
         video = networks[1].sample(model.decode(z[:, :2]), text, steps=2)
-        assert networks[0].loss(z[:, :5], text, fps, t, random).is_meta
-        assert networks[1].loss(video[:, :1], text, fps, t, random).is_meta
+        assert networks[0].loss(z[:, :5], text, fps, t, draw()).is_meta
+        assert networks[1].loss(video[:, :1], text, fps, t, draw()).is_meta
     assert video.is_meta and video.shape == (2, 2, 3, 64, 64) and video.dtype == torch.float32

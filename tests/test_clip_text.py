@@ -5,13 +5,18 @@ Tests that compare with another package skip with a reason where it is not insta
 
 import gzip
 import importlib.util
+import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from clip_text import CausalSelfAttention, CLIPTextConfig, CLIPTextEncoder, Tokenizer
+import clip_text
+from clip_text import (END, START, CausalSelfAttention, CLIPTextConfig, CLIPTextEncoder, Tokenizer,
+                       join_pair, split_words)
 from conftest import close, randn, shaken
 from data import shape_captions
 
@@ -94,6 +99,26 @@ def test_every_kind_of_vocabulary_file_gives_the_same_tokenizer(
     assert ids == (49406, 49407, 49408)
 
 
+def test_a_list_of_merges_is_read_with_and_without_its_header_and_blank_lines(tmp_path):
+    for text in ("a b\nab c</w>", "#version: 0.2\na b\n\nab c</w>\n"):
+        (tmp_path / "merges.txt").write_text(text)
+        assert Tokenizer.from_clip(tmp_path).merges == [("a", "b"), ("ab", "c</w>")]
+
+
+def test_a_vocabulary_of_transformers_has_its_merges_as_texts_or_as_pairs(tmp_path):
+    pairs = [("a", "b"), ("ab", "c</w>")]
+    for merges in (["a b", "ab c</w>"], pairs):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": merges}}))
+        assert Tokenizer.from_clip(tmp_path).merges == pairs
+
+
+def test_rows_have_77_ids_or_as_many_as_asked_for(tmp_path):
+    (tmp_path / "merges.txt").write_text("a b\n")
+    assert Tokenizer([])("").shape == Tokenizer.train([], 514)("").shape == (1, 77)
+    assert Tokenizer.from_clip(tmp_path)("").shape == (1, 77)
+    assert Tokenizer.from_clip(tmp_path, 9)("").shape == (1, 9)
+
+
 @pytest.fixture(scope="module")
 def trained():
     return Tokenizer.train(CAPTIONS, vocab_size=700, context_length=12)
@@ -105,11 +130,101 @@ def test_training_captions_and_words_never_seen_come_back_from_their_ids(trained
     assert trained.decode(trained(CAPTIONS[0])[0]) == CAPTIONS[0]
 
 
+def test_half_a_character_is_decoded_as_the_replacement_character(trained):
+    assert trained.decode(trained.encode("ß")[:1]) == "\ufffd"
+
+
 def test_training_ends_when_every_word_is_one_token_or_the_size_is_reached(trained):
     assert trained.vocab_size < 700
     assert all(len(trained.encode(text)) == len(text.split()) for text in CAPTIONS)
     assert Tokenizer.train(CAPTIONS, vocab_size=530).vocab_size == 530
     assert Tokenizer.train([], vocab_size=1000).vocab_size == 514
+
+
+def merges_by_recounting(captions, vocab_size):
+    """Learn merges as the textbook has it: count all pairs again before each merge."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in counts if word not in (START, END)}
+    merges = []
+    while len(merges) < vocab_size - 514:
+        pairs = Counter()
+        for word, symbols in words.items():
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        words = {word: join_pair(symbols, merges[-1]) for word, symbols in words.items()}
+    return merges
+
+
+def random_captions(seed):
+    """Make captions of words that repeat, with letters that repeat, and now and then odd ones."""
+    rng = random.Random(seed)
+    letters = rng.choice(["a", "ab", "aab", "abcdefgh", "aé", "日本語猫", "a🦄👩‍🚀", "a'!</w>09"])
+    words = ["".join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(rng.randint(1, 15))]
+    words += rng.choices([*ODD, "", "", "", ""], k=2)
+    return [rng.choice([" ", " ", ""]).join(rng.choices(words, k=8)) for _ in range(8)]
+
+
+def test_training_learns_the_merges_of_counting_all_pairs_again_each_time():
+    for seed in range(150):
+        captions = random_captions(seed)
+        most = [3, 20, 10_000][seed % 3]
+        merges = Tokenizer.train(captions, 514 + most).merges
+        assert merges == merges_by_recounting(captions, 514 + most), captions
+
+
+def test_a_merge_visits_only_the_words_that_hold_its_pair(monkeypatch):
+    visited = []
+    monkeypatch.setattr("clip_text.join_pair", lambda symbols, pair: (
+        visited.append(symbols) or join_pair(symbols, pair)))
+    words = [x + y for x in "abcdefghijklmnopqrst" for y in "abcdefghijklmnopqrst"]
+    merges = Tokenizer.train([" ".join(words)], vocab_size=10_000).merges
+    assert len(merges) == len(visited) == 400  # no two words have a pair in common
+
+
+def worked_example(number):
+    """Read one of the two worked examples in the comments of clip_text.py, "name  value" a line."""
+    _, block = Path(clip_text.__file__).read_text("utf-8").split("# Worked example")
+    examples = re.findall(r"(?:^#     .+\n)+", block, re.MULTILINE)
+    assert len(examples) == 2
+    return dict(line[1:].split(maxsplit=1) for line in examples[number].splitlines())
+
+
+def check_worked_example(example, tokenizer):
+    words = split_words(example["text"])
+    assert words == example["words"].split()
+    ids = tokenizer.encode(example["text"])
+    assert [tokenizer._symbols[n] for n in ids] == example["symbols"].split()
+    assert ids == [int(n) for n in example["ids"].split()]
+    tokens = tokenizer(example["text"])[0].tolist()
+    first, *last = example["tokens"].split(" ... ")  # left out are repetitions of the last
+    first = [int(n) for n in first.split()]
+    assert tokens == [*first, *[int(n) for n in last] * (len(tokens) - len(first))]
+
+
+def test_the_worked_example_is_what_clips_tokenizer_gives(clip_tokenizer):
+    example = worked_example(0)
+    assert example["text"].lower() == ASTRONAUT
+    check_worked_example(example, clip_tokenizer)
+
+
+def test_the_worked_example_is_what_a_trained_tokenizer_gives():
+    example = worked_example(1)
+    tokenizer = Tokenizer.train([example["train"]], vocab_size=514 + 3, context_length=6)
+    assert tokenizer.merges == [tuple(pair.split()) for pair in example["merges"].split(", ")]
+    check_worked_example(example, tokenizer)
+
+
+def test_the_introduction_joins_horse_as_clip_does(clip_tokenizer):
+    source = Path(clip_text.__file__).read_text("utf-8")
+    chain = [form.split() for form in re.search("h o r s e.*", source)[0].split("->")]
+    forms = [["h", "o", "r", "s", "e</w>"]]
+    for pair in clip_tokenizer.merges:
+        if join_pair(forms[-1], pair) != forms[-1]:
+            forms.append(join_pair(forms[-1], pair))
+    assert chain == forms
 
 
 def test_training_takes_the_most_frequent_pair_and_of_equals_the_alphabetically_first():
@@ -132,9 +247,11 @@ def test_rows_are_start_the_first_tokens_of_the_caption_and_end_tokens(trained):
 def test_impossible_vocabularies_are_refused():
     with pytest.raises(ValueError, match="513.*514"):
         Tokenizer.train(CAPTIONS, vocab_size=513)
-    for second in (("ab", "cd"), ("a", "b")):  # of a symbol never made, and one that is there
-        with pytest.raises(ValueError, match="no new symbol"):
+    assert Tokenizer.train(CAPTIONS, vocab_size=514).merges == []
+    for second in (("cd", "a"), ("a", "cd"), ("a", "b"), ("x" * 999, "a")):
+        with pytest.raises(ValueError, match="must join two known symbols into a new one") as error:
             Tokenizer([("a", "b"), second])
+        assert len(str(error.value)) < 100
 
 
 @pytest.mark.parametrize("name, content", [
@@ -142,8 +259,10 @@ def test_impossible_vocabularies_are_refused():
     (".", None),
     ("merges.txt", b"#version: 0.2\na b\nthree words here\n"),
     ("merges.txt", b"two words\nper line\n"),
+    ("merges.txt", b"a b\n" + b"x" * 10_000 + b" y\n"),
     ("merges.txt", b"\xff\xfe\x00\x01"),
     ("tokenizer.json", b'{"model": 3}'),
+    ("tokenizer.json", b'{"model": {}}'),
     ("vocab.txt.gz", b"a b\n"),
     ("vocab.txt.gz", gzip.compress(b"#version: 0.2\na b\nab c\n")[:-12]),
     ("vocab.txt.gz", gzip.compress(b"a b\n")[:10] + b"\xff" * 20),
@@ -154,6 +273,7 @@ def test_a_file_that_is_missing_or_no_list_of_merges_is_named_in_one_line(tmp_pa
     with pytest.raises((FileNotFoundError, ValueError)) as error:
         Tokenizer.from_clip(tmp_path / name)
     assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
 
 
 SMALL = CLIPTextConfig(vocab_size=99, context_length=16, width=24, layers=3, heads=4)
@@ -211,7 +331,19 @@ def test_changing_a_later_token_leaves_earlier_outputs_bit_identical(encoder, to
     assert (before[:, 9:] != after[:, 9:]).any(-1).all()
 
 
+def test_more_tokens_than_positions_are_refused(encoder):
+    with pytest.raises(ValueError, match="17 tokens.* 16 positions"):
+        encoder(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_token_embeddings_start_at_size_1_and_positions_at_a_hundredth_of_it():
+    embeddings = CLIPTextEncoder(CLIPTextConfig(1000, 100, 64, 1, 1)).text_model.embeddings
+    assert 0.98 < embeddings.token_embedding.weight.std() < 1.02
+    assert 0.0095 < embeddings.position_embedding.weight.std() < 0.0105
+
+
 def test_the_encoder_at_full_size_is_stable_diffusions_196_tensors():
+    assert CLIPTextConfig() == CLIPTextConfig(49408, 77, width=768, layers=12, heads=12)
     with torch.device("meta"):  # no memory behind it
         weights = CLIPTextEncoder(CLIPTextConfig()).state_dict().values()
     assert len(weights) == 196 and sum(p.numel() for p in weights) == 123_060_480

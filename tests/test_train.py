@@ -1,6 +1,5 @@
 """Training: its stages, the files it writes, stopping and going on, and that it learns."""
 
-import csv
 import importlib.util
 import json
 import math
@@ -18,26 +17,17 @@ import torch
 
 import cascade
 import runs
+import stages
 import train
-from clip_text import CLIPTextConfig
-from conftest import close
-from data import ShapesDataset
-from runs import InputError
-from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
-from runs import load_checkpoint
 from clip_files import write_clip
-from stable_diffusion import is_video_parameter
-from tiny import VDiffusion, set_learning_rates
-from unet3d import Level, UNet3D, UNetConfig
-from vae import VAEConfig
+from conftest import close, tinier
+from data import ShapesDataset
+from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
+from runs import EMA, InputError, load_checkpoint
+from unet3d import is_video_parameter
 
 ROOT = Path(__file__).parent.parent
-TINIER = dict(
-    size=32, preset="tiny", staggered=True,
-    text=CLIPTextConfig(vocab_size=560, context_length=12, width=32, layers=1, heads=2),
-    vae=VAEConfig(channels=(8, 8, 8, 16), layers=1, groups=4),
-    unet=UNetConfig(channels=(16, 32), attention=(True, True), layers=1, heads=2, groups=4,
-                    context_width=32, frames=4))
+TINIER = tinier()
 SHORT = ["--vae-steps", "2", "--image-steps", "2", "--video-steps", "2",
          "--interpolate-steps", "2", "--upscale-steps", "2", "--cache", "4", "--batch-size", "2",
          "--vae-batch-size", "8", "--device", "cpu"]
@@ -45,9 +35,11 @@ RUN = {}
 
 
 @pytest.fixture(autouse=True)
-def tinier_preset(monkeypatch, tmp_path):
-    """Runs go to an empty folder, with a tiny preset that is tinier still."""
+def tinier_preset(monkeypatch, tmp_path, request):
+    """Runs go to an empty folder, with a tiny preset that is tinier still; one draws its losses."""
     monkeypatch.chdir(tmp_path)
+    if "without_flags" not in request.node.name:
+        monkeypatch.setattr(train, "plot_losses", lambda rows, picture: None)
     monkeypatch.setitem(PRESETS, "tiny", MagicVideoConfig(**TINIER))
     monkeypatch.setitem(PRESETS, "laptop", MagicVideoConfig(**{**TINIER, "preset": "laptop"}))
 
@@ -75,19 +67,7 @@ def equal(one, other):
 
 
 def rows(out):
-    with open(Path(out) / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def items_of(stage, size=4, frames=4, s=None):
-    """A model, and the arguments of a stage's loss."""
-    s = s or train.Settings()
-    torch.manual_seed(0)
-    model = MagicVideo.from_preset("tiny")
-    clips = ShapesDataset("train", 4, 32)
-    items, random = train.read_batch(clips, size, 0, stage, s)
-    network = model.vae if stage == "vae" else model.unet
-    return model, train.StageLoss(model, network, stage, s), items, random
+    return runs.read_log(Path(out) / "log.csv")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,9 +80,9 @@ def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_
     drawn = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
     assert {p.name for p in out.iterdir()} == {"model.pt", "checkpoint.pt", "log.csv",
                                                "samples"} | drawn
-    stages = train.BASE_STAGES
-    assert {p.name for p in (out / "samples").iterdir()} == {f"{s}-000002.png" for s in stages}
-    assert [(r["stage"], r["step"]) for r in rows(out)] == [(s, n) for s in stages for n in "12"]
+    names = stages.BASE_STAGES
+    assert {p.name for p in (out / "samples").iterdir()} == {f"{s}-000002.png" for s in names}
+    assert [(r["stage"], r["step"]) for r in rows(out)] == [(s, n) for s in names for n in "12"]
     assert all(math.isfinite(float(row["loss"])) for row in rows(out))
     assert all(math.isfinite(float(row["held_out_loss"])) for row in rows(out)[1::2])
     said = capsys.readouterr().out.strip().splitlines()
@@ -113,7 +93,7 @@ def test_without_flags_every_stage_runs_and_the_last_line_says_where_everything_
 
 def test_it_says_how_long_a_run_will_take_and_which_flag_makes_it_shorter(monkeypatch, capsys):
     taken = {"vae": 0.4, "image": 0.3, "video": 3.1}
-    monkeypatch.setattr(train, "estimate_minutes", lambda model, clips, stage, s: taken[stage])
+    monkeypatch.setattr(train, "estimate_minutes", lambda stage, clips: taken[stage.name])
     monkeypatch.setattr(train, "train_stage", lambda *arguments: None)
     train.main([*SHORT[:4], "--video-steps", "200", *SHORT[6:]])
     said = capsys.readouterr().out
@@ -121,14 +101,18 @@ def test_it_says_how_long_a_run_will_take_and_which_flag_makes_it_shorter(monkey
     assert "stage video: about 3.1 minutes" in said
 
 
-@pytest.mark.parametrize("stage", train.ALL_STAGES)
-def test_a_stages_time_is_that_of_its_steps_and_timing_changes_no_weight(stage):
-    model, _, _, _ = items_of(stage)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    scale = cascade.SCALE if stage == "upscale" else 1
-    clips = ShapesDataset("train", 5 if stage == "interpolate" else 4, 32 * scale)
-    s = train.Settings(batch_size=2, **{f"{stage}_steps": 10**6})
-    assert train.estimate_minutes(model, clips, stage, s) > 10  # a step takes more than 0.6 ms
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_a_stages_minutes_are_those_of_its_steps_and_timing_changes_no_weight(name, monkeypatch):
+    torch.manual_seed(0)
+    model = MagicVideo.from_preset("tiny")
+    stage = stages.STAGES[name](model, train.Settings(batch_size=2, accumulate=2,
+                                                      **{f"{name}_steps": 600}))
+    before = {key: p.clone() for key, p in model.state_dict().items()}
+    clips = ShapesDataset("train", stage.clip_frames or 4, 32 * stage.scale)
+    clock = iter(range(0, 100, 3))
+    monkeypatch.setattr(train.time, "time", lambda: next(clock))  # a micro-batch takes 3 seconds
+    micro = 2 if name != "vae" else 2
+    assert train.estimate_minutes(stage, clips) == 3 * micro * 600 / 60
     assert equal(before, model.state_dict()) and all(p.grad is None for p in model.parameters())
 
 
@@ -161,7 +145,7 @@ def test_model_pt_written_in_the_middle_of_stage_vae_has_its_measured_scale(monk
     assert len(seen) == 3 and 0.18215 not in seen
     model = MagicVideo.load("vae")
     clips = ShapesDataset("train", 4, 32)
-    z = torch.cat([model.encode(clips[i]["video"][None]) for i in range(64)])
+    z = torch.cat([model.encode(item["video"][None]) for item in stages.spread(clips, 64)])
     assert z.std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -169,8 +153,8 @@ def test_model_pt_written_in_the_middle_of_stage_vae_has_its_measured_scale(monk
 # Stopping and going on
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 6])
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop, by", [
+    (1, signal.SIGTERM), (2, signal.SIGINT), (3, signal.SIGTERM), (6, signal.SIGINT)])
 def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(
         stop, by, whole, monkeypatch):
     counted = iter(range(1, 100))
@@ -233,28 +217,15 @@ def test_a_log_cut_off_by_a_kill_is_mended_and_one_that_cannot_be_written_ends_n
     log = Path("run/log.csv").read_bytes()
     Path("run/log.csv").write_bytes(log + b"video,3,0.1")
     train.main(["--resume", "--out", "run", "--device", "cpu"])
-    assert Path("run/log.csv").read_bytes() == log
+    assert runs.read_log(Path("run/log.csv")) == rows(whole)
 
     def locked(*arguments):
         raise PermissionError(13, "a spreadsheet has it open")
 
     monkeypatch.setattr(train, "append_log", locked)
-    monkeypatch.setattr(train, "write_clip", locked)
     train.main([*SHORT, "--out", "locked"])
-    said = capsys.readouterr().err
-    assert "row 2 of locked/log.csv is left out: [Errno 13] a spreadsheet" in said
-    assert "samples/vae-000002.png is left out" in said
+    assert "locked/log.csv is not written: [Errno 13] a spreadsheet" in capsys.readouterr().err
     assert equal(weights(whole), weights("locked"))
-
-
-def test_two_trainings_at_once_do_not_share_a_folder():
-    first, log = runs.claim_folder(None, "shapes")
-    second, other = runs.claim_folder(None, "shapes")
-    assert (first, second) == (Path("runs/shapes"), Path("runs/shapes-2"))
-    with pytest.raises(InputError, match="--out runs/shapes: another training writes there"):
-        train.main([*SHORT, "--out", "runs/shapes"])
-    log.close()
-    other.close()
 
 
 def test_a_folder_of_clips_is_described_and_what_does_not_change_a_run_may_change(
@@ -273,9 +244,9 @@ def test_a_folder_of_clips_is_described_and_what_does_not_change_a_run_may_chang
     Path("clips").rename("moved")
     train.main(["--resume", "--out", "run", "--data", "moved/", "--save-every", "7",
                 "--device", "cpu"])
-    assert equal(finished, weights("run")) and len([*Path("runs/frames").glob("*.u8")]) == 1
+    assert equal(finished, weights("run")) and len([*Path("runs/frames").glob("*.u8")]) == 2
     Path("moved/0.gif").unlink()
-    with pytest.raises(InputError, match="--data moved: its clips are not those"):
+    with pytest.raises(InputError, match="--data moved: these are not the clips this run"):
         train.main(["--resume", "--out", "run", "--data", "moved", "--device", "cpu"])
 
 
@@ -292,8 +263,8 @@ def test_a_loss_or_gradient_that_is_not_finite_is_not_saved_and_names_the_rates(
         def backward(ctx, gradient):
             return gradient * math.nan
 
-    forward = train.StageLoss.forward
-    monkeypatch.setattr(train.StageLoss, "forward", lambda *arguments: (
+    forward = stages.Vae.forward
+    monkeypatch.setattr(stages.Vae, "forward", lambda *arguments: (
         Broken.apply(forward(*arguments)[0]), None))
     with pytest.raises(InputError, match="stage vae, step 0: .*nan.*lower --lr and --muon-lr"):
         train.main([*SHORT, "--out", "bad", "--save-every", "1"])
@@ -318,7 +289,7 @@ def test_a_stage_trains_its_own_parts_and_no_others(capsys):
     train.main([*SHORT, "--out", "vae", "--stage", "vae"])
     train.main([*SHORT, "--out", "image", "--stage", "image", "--init-from", "vae/model.pt"])
     train.main([*SHORT, "--out", "video", "--stage", "video", "--init-from", "image"])
-    vae, image, video = (weights(stage) for stage in train.BASE_STAGES)
+    vae, image, video = (weights(stage) for stage in stages.BASE_STAGES)
 
     def changed(before, after):
         return {key for key in before if not torch.equal(before[key], after[key])}
@@ -338,11 +309,11 @@ def test_a_start_from_a_model_keeps_its_vae_and_its_presets_settings(monkeypatch
     model.config.preset = "small"
     model.save("small.pt")
     seen = []
-    monkeypatch.setattr(train, "train_stage", lambda *arguments: seen.append(arguments[4:6]))
+    monkeypatch.setattr(train, "train_stage", lambda stage, *_: seen.append(stage))
     train.main(["--init-from", "small.pt", "--out", "run", "--device", "cpu"])
-    assert [stage for stage, _ in seen] == ["image", "video"]
-    assert "VAE of small.pt stays" in capsys.readouterr().out
-    s = seen[0][1]
+    assert [stage.name for stage in seen] == ["image", "video"]
+    assert "stage vae is left out: small.pt has been through it" in capsys.readouterr().out
+    s = seen[0].s
     assert (s.preset, s.lr, s.muon_lr, s.batch_size) == ("small", 2e-4, 0.0, 8)
 
 
@@ -350,7 +321,7 @@ def test_a_model_of_other_frames_is_refused_and_data_is_cut_to_the_models(monkey
     with pytest.raises(InputError, match="--frames 6.*makes 4"):
         train.main([*SHORT, "--init-from", str(whole), "--frames", "6"])
     seen = []
-    monkeypatch.setattr(train, "train_stage", lambda model, clips, *_: seen.append(clips.frames))
+    monkeypatch.setattr(train, "train_stage", lambda stage, clips, *_: seen.append(clips.frames))
     train.main([*SHORT, "--init-from", str(whole), "--out", "run"])
     assert seen == [4, 4]
 
@@ -365,21 +336,6 @@ def test_a_cascade_stage_adds_its_network_and_leaves_the_model_as_it_was(stage, 
     assert [(r["stage"], r["step"]) for r in rows(stage)] == [(stage, "1"), (stage, "2")]
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_a_start_from_stable_diffusion_keeps_the_text_encoder_and_the_vae_as_they_are(pretrained):
-    model = MagicVideo.from_preset("tiny")
-    model.config.pretrained = pretrained
-    parts = {}
-    for stage, network in (("vae", model.vae), ("image", model.unet), ("video", model.unet)):
-        groups = train.parameter_groups(model, network, stage, train.Settings())
-        parts[stage] = {id(p) for group in groups for p in group["params"]}
-    text = {id(p) for p in model.text_encoder.parameters()}
-    encoder = {id(p) for p in model.vae.encoder.parameters()}
-    temporal = {id(p) for name, p in model.vae.named_parameters() if "temporal" in name}
-    assert (text <= parts["video"], encoder <= parts["vae"]) == (not pretrained,) * 2
-    assert not pretrained or parts["vae"] == temporal and not text & parts["image"]
-
-
 def test_trainable_chooses_weights_by_name_and_refuses_what_matches_nothing():
     train.main([*SHORT, "--out", "run", "--stage", "vae", "--trainable", "decoder"])
     torch.manual_seed(0)
@@ -391,77 +347,6 @@ def test_trainable_chooses_weights_by_name_and_refuses_what_matches_nothing():
         train.main([*SHORT, "--out", "other", "--trainable", "adapter"])
 
 
-# --------------------------------------------------------------------------------------------------
-# A step
-
-
-def test_the_image_stage_reads_single_frames_without_fps_and_the_video_stage_clips(monkeypatch):
-    for stage, frames, shape in (("image", 1, (4, 1)), ("video", 4, (4, 4))):
-        model, stage_loss, items, random = items_of(stage)
-        seen = {}
-        monkeypatch.setattr(model.diffusion, "loss", lambda network, z0, context, fps, t, eps: (
-            seen.update(z0=z0, fps=fps, t=t, eps=eps) or z0.mean((1, 2, 3, 4))))
-        stage_loss(items, random, frames)
-        assert seen["z0"].shape == seen["eps"].shape == (*shape, 4, 4, 4)
-        assert seen["fps"] is None if stage == "image" else seen["fps"].shape == (4,)
-        assert seen["t"].shape == (4,) and seen["z0"].std() > 0.01
-
-
-def test_the_loss_that_trains_is_the_diffusions_own():
-    model, stage_loss, items, random = items_of("video")
-    errors, t = stage_loss(items, random, 4)
-    _, again = train.read_batch(ShapesDataset("train", 4, 32), 4, 0, "video", train.Settings())
-    again(lambda shape, generator: torch.randint(1, shape, generator=generator))
-    keep = again(torch.rand) >= train.Settings().text_dropout
-    captions = [item["caption"] if kept else "" for item, kept in zip(items, keep)]
-    assert torch.equal(again(lambda shape, generator: torch.randint(1000, shape,
-                                                                    generator=generator)), t)
-    z0 = model.encode(torch.stack([item["video"] for item in items]))
-    fps = torch.tensor([item["fps"] for item in items])
-    expected = model.diffusion.loss(model.unet, z0, model.encode_text(captions), fps, t,
-                                    again(torch.randn, *z0.shape[1:]))
-    assert torch.equal(errors, expected)
-
-
-def test_captions_are_dropped_as_often_as_asked(monkeypatch):
-    model, stage_loss, items, random = items_of("video", 200, s=train.Settings(text_dropout=0.25))
-    seen = []
-    monkeypatch.setattr(model, "encode_text", lambda captions: seen.extend(captions) or (
-        torch.zeros(len(captions), 1, 32)))
-    with torch.no_grad():
-        stage_loss(items, random, 4)
-    assert 0.15 < seen.count("") / 200 < 0.35
-
-
-def test_the_vae_loss_is_the_squared_error_and_the_divergence_of_its_posterior(monkeypatch):
-    s = train.Settings(kl_weight=0.5)
-    model, stage_loss, items, random = items_of("vae", s=s)
-    seen = {}
-    encode, decode = model.vae.encode, model.vae.decode
-    monkeypatch.setattr(model.vae, "encode", lambda video: seen.setdefault(
-        "posterior", encode(seen.setdefault("video", video))))
-    monkeypatch.setattr(model.vae, "decode", lambda z: seen.setdefault("decoded", decode(z)))
-    errors, t = stage_loss(items, random, 1)
-    mean, logvar = seen["posterior"]
-    normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0, 1))
-    expected = (seen["decoded"] - seen["video"]).square().mean() + 0.5 * kl.mean()
-    assert t is None and torch.allclose(errors.mean(), expected, rtol=1e-5)
-
-
-def test_temporal_layers_of_the_vae_start_at_their_peak_rate_when_clips_begin():
-    model = MagicVideo.from_preset("tiny")
-    s = train.Settings(vae_steps=100, warmup=1)
-    optimizers, _ = train.prepare(model, model.vae, "vae", s, None)
-    image, video = optimizers[0].param_groups
-    assert video["start"] == 80 and image["start"] == 0
-    set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, s.warmup)
-    assert video["lr"] == pytest.approx(s.lr)
-    assert image["lr"] < 0.1 * s.lr
-    set_learning_rates(optimizers, (s.lr, s.muon_lr), 80, 100, warmup=10)
-    assert video["lr"] == pytest.approx(0.1 * s.lr)  # a warm-up of their own
-
-
 def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32(whole):
     train.main([*SHORT, "--out", "bf16", "--precision", "bf16"])
     one, other = weights(whole), weights("bf16")
@@ -469,96 +354,220 @@ def test_bf16_trains_weights_that_stay_in_float32_near_those_of_fp32(whole):
     assert max((one[key] - other[key]).abs().max().item() for key in one) < 0.02
 
 
-def test_gradient_checkpointing_keeps_less_and_trains_the_same_weights(whole, monkeypatch):
-    kept = {}
-    forward = train.StageLoss.forward
-
-    def counted(*arguments):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
-                                                      lambda x: x):
-            loss = forward(*arguments)
-        kept[out] = sum(sizes)
-        return loss
-
-    monkeypatch.setattr(train.StageLoss, "forward", counted)
-    for out, flags in (("kept", []), ("again", ["--gradient-checkpointing"])):
-        train.main([*SHORT, "--out", out, "--sample-every", "0", *flags])
-    assert kept["again"] < 0.5 * kept["kept"]
-    assert equal(weights("kept"), weights("again"))
+# --------------------------------------------------------------------------------------------------
+# The loop
 
 
-def test_every_item_comes_up_once_an_epoch_in_a_new_order():
-    items = [{"n": n} for n in range(10)]
-    seen = [item["n"] for step in range(6)
-            for item in train.read_batch(items, 5, step, "video", train.Settings())[0]]
-    epochs = [seen[i : i + 10] for i in range(0, 30, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-def test_one_clip_can_be_learned_by_heart():
+def make_stage(name, **settings):
+    """Make a stage of an untrained model, and clips that it can train on."""
     torch.manual_seed(0)
-    unet = UNet3D(UNetConfig(channels=(32, 32), attention=(True, True), layers=1, heads=2, groups=4,
-                             context_width=8, frames=4))
-    diffusion = VDiffusion()
-    z0, context = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 2, 8)
-    batch = z0.expand(8, -1, -1, -1, -1), context.expand(8, -1, -1), torch.full((8,), 8.0)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(150):
-        loss = diffusion.loss(unet, *batch, generator=generator).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-20:]) / 20 < 0.25 * losses[0]
-    sampled = diffusion.sample(unet, z0.shape, context, context, torch.full((1,), 8.0), steps=25,
-                               guidance=1.0, generator=torch.Generator().manual_seed(1))
-    assert torch.corrcoef(torch.stack([sampled.flatten(), z0.flatten()]))[0, 1] > 0.9
+    s = train.Settings(**{"batch_size": 2, "vae_batch_size": 8, f"{name}_steps": 3,
+                          "sample_every": 0, **settings})
+    return stages.STAGES[name](MagicVideo.from_preset("tiny"), s), ShapesDataset("train", 4, 32)
+
+
+def train_it(stage, clips, out="run"):
+    log = Path(out)
+    log.mkdir(exist_ok=True)
+    train.train_stage(stage, clips, [], ShapesDataset("test", 4, 32), log)
+
+
+def test_the_moving_average_is_what_a_stage_leaves_what_model_pt_holds_and_what_is_judged(
+        monkeypatch):
+    stage, clips = make_stage("video", save_every=2, sample_every=2)
+    averages, judged = [], []
+    update, held_out_loss = EMA.update, train.held_out_loss
+    monkeypatch.setattr(EMA, "update", lambda self: update(self) or averages.append(
+        [p.clone() for p in self.shadow]))
+    monkeypatch.setattr(train, "held_out_loss", lambda *arguments: judged.append(
+        [p.detach().clone() for p in stage.chosen().values()]) or held_out_loss(*arguments))
+    order = [*stage.chosen()]
+    train_it(stage, clips)
+    groups = [name for name in order if not is_video_parameter(name)]
+    groups += [name for name in order if is_video_parameter(name)]  # the order of the averages
+    last = dict(zip(groups, averages[-1]))
+    saved = MagicVideo.load("run/model.pt")
+    saved = {**dict(saved.unet.named_parameters()),
+             **{f"text_encoder.{name}": p for name, p in saved.text_encoder.named_parameters()}}
+    assert len(averages) == 3 and len(judged) == 2
+    for name, p in stage.chosen().items():
+        assert torch.equal(p, last[name]) and torch.equal(saved[name], last[name])
+    second = dict(zip(groups, averages[1]))
+    assert all(torch.equal(p, second[name]) for name, p in zip(order, judged[0]))
+    weights = load_checkpoint("run/checkpoint.pt", "magicvideo-training")["network"]
+    assert not all(torch.equal(weights[name], last[name]) for name in weights)
+
+
+def test_gradients_of_a_norm_above_one_are_scaled_to_one(monkeypatch):
+    seen = []
+    forward = stages.Video.forward
+    monkeypatch.setattr(stages.Video, "forward", lambda self, *a: (
+        1000 * forward(self, *a)[0], forward(self, *a)[1]))
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(torch.stack([
+        p.grad.norm() for g in self.param_groups for p in g["params"]
+        if p.grad is not None]).norm()) or step(self))
+    train_it(*make_stage("video", muon_lr=0.0))
+    assert seen and all(norm == pytest.approx(1, abs=1e-3) for norm in seen)
+
+
+def test_a_bin_of_timesteps_has_the_mean_error_of_the_frames_that_count(monkeypatch):
+    stage, _ = make_stage("video")
+    t = torch.arange(1000)
+    weights = stage.diffusion.loss_weight(t, 8)  # what an error of 1 everywhere reads
+    bins = train.loss_by_timestep_bin(stage, weights.double(), t, 8)
+    row = train.describe_bins(bins)
+    assert [float(row[f"loss_bin_{i}"]) for i in range(4)] == pytest.approx([1] * 4)
+    bins = train.loss_by_timestep_bin(stage, 3 * weights[:500], t[:500], 8)
+    assert [*train.describe_bins(bins).values()] == ["3.000000", "3.000000", "", ""]
+    vae, _ = make_stage("vae")
+    assert [*train.describe_bins(train.loss_by_timestep_bin(vae, weights, None, 8)).values()] == [
+        ""] * 4
+
+
+def test_the_bins_of_a_step_count_all_of_its_micro_batches(monkeypatch):
+    for accumulate in (1, 4):
+        stage, clips = make_stage("video", batch_size=4, accumulate=accumulate, video_steps=1)
+        train_it(stage, clips, f"run{accumulate}")
+    one, four = (rows(f"run{accumulate}")[0] for accumulate in (1, 4))
+    names = [name for name in one if name.startswith("loss_bin")]
+    assert [bool(one[name]) for name in names] == [bool(four[name]) for name in names]
+    for name in names:
+        assert not one[name] or float(one[name]) == pytest.approx(float(four[name]), abs=1e-5)
+    assert float(one["loss"]) == pytest.approx(float(four["loss"]), abs=1e-5)
+
+
+def test_the_held_out_loss_is_the_mean_of_24_clips_in_micro_batches_of_a_steps_size(monkeypatch):
+    sizes, losses = [], []
+    for batch_size, accumulate in ((24, 1), (6, 2)):
+        stage, clips = make_stage("video", batch_size=batch_size, accumulate=accumulate)
+        held_out = ShapesDataset("test", 4, 32)
+        forward = stage.forward
+        stage.forward = lambda batch, draw, forward=forward: sizes.append(
+            len(batch.clips)) or forward(batch, draw)
+        losses.append(train.held_out_loss(stage, held_out, 0))
+    assert sizes == [24] + 8 * [3]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("size, count, processes, sizes", [
+    (8, 1, 1, [[8]]), (8, 2, 2, [[2, 2], [2, 2]]), (7, 2, 1, [[4, 3]]), (3, 4, 2, [[2], [1]]),
+    (9, 2, 4, [[2, 1], [1, 1], [1, 1], [1, 1]])])
+def test_micro_batches_share_a_step_and_every_process_has_equally_many(
+        monkeypatch, size, count, processes, sizes):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        shards = [[*range(size)[shard]] for shard in train.micro_batches(size, count)]
+        assert [*map(len, shards)] == sizes[rank]
+        seen += sum(shards, [])
+    assert sorted(seen) == [*range(size)]
+
+
+def test_how_many_processes_train_follows_the_cores_and_the_stages_that_run(monkeypatch):
+    vae, video, interpolate = (stages.STAGES[name] for name in ("vae", "video", "interpolate"))
+    for cores, chosen, settings, count in (
+            (2, [vae, video], {}, 2), (64, [vae, video], {}, 2), (64, [video], {}, 4),
+            (1, [video], {}, 1), (64, [interpolate], {}, 4), (64, [video], {"batch_size": 6}, 2),
+            (64, [video], {"batch_size": 6, "accumulate": 3}, 2),
+            (64, [video], {"batch_size": 1, "accumulate": 2}, 1)):
+        monkeypatch.setattr(train, "usable_cores", lambda cores=cores: cores)
+        s = train.Settings(**settings)
+        assert train.count_processes(s, chosen, 8) == count, (cores, chosen, settings)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_eight_processes_train_every_preset_by_its_defaults(preset, capsys):
+    s = train.Settings(**train.PRESET_SETTINGS.get(preset, {}))
+    fitted = train.fit_batch(s, {}, 8)
+    assert fitted.batch_size % 8 == 0 and fitted.batch_size <= max(s.batch_size, 8)
+    assert ("--batch-size 8: one clip" in capsys.readouterr().out) == (s.batch_size < 8)
+    with pytest.raises(InputError, match="--batch-size 1, --accumulate 1: give multiples of 8"):
+        train.fit_batch(train.Settings(batch_size=1), {"batch_size": 1}, 8)
+
+
+def test_mistakes_of_any_stage_are_told_before_the_first_and_before_anything_is_written(tmp_path):
+    with pytest.raises(InputError, match='--trainable "adaptor": matches nothing that stage'):
+        train.main([*SHORT, "--trainable", "adaptor"])
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------
 # Processes
 
 
-def run_ranks(out, count, *flags, kill_rank=None):
-    """Train the tinier preset in float64 by `count` processes."""
+def run_ranks(out, count, *flags, kill_rank=None, float64=True, prepare=""):
+    """Train the tinier preset by `count` processes, in float64 where not said else."""
     script = (
         "import os, sys, torch\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "torch.set_default_dtype(torch.float64)\n"
-        "import train, runs\n"
+        f"torch.set_default_dtype(torch.float{64 if float64 else 32})\n"
+        "import train, stages\n"
         "from test_train import PRESETS, TINIER, MagicVideoConfig\n"
         "PRESETS['tiny'] = MagicVideoConfig(**TINIER)\n"
-        f"if train.rank() == {kill_rank}:\n"
-        "    loss = train.StageLoss.forward\n"
-        "    train.StageLoss.forward = lambda self, *a: (\n"
-        "        os._exit(9) if self.stage == 'image' else loss(self, *a))\n"
+        f"if train.process_rank() == {kill_rank}:\n"
+        "    stages.Image.forward = lambda *arguments: os._exit(9)\n"
+        f"{prepare}"
         "torch.set_num_threads(1)\n"
-        "try:\n"
-        "    train.main(sys.argv[1:], __file__)\n"
-        "except train.InputError as error:\n"
-        "    if train.rank() == 0:\n"
-        "        print(error, file=sys.stderr)\n"
-        "    sys.exit(2)\n")
+        "train.run_command('train.py', lambda: train.main(sys.argv[1:], __file__))\n")
     Path("ranks.py").write_text(script)
     flags = ["--vae-steps", "3", "--image-steps", "2", "--video-steps", "2", "--cache", "6",
              "--batch-size", "4", "--vae-batch-size", "8", "--muon-lr", "0", "--sample-every", "0",
              "--save-every", "1", "--device", "cpu", *flags]
     return subprocess.run([sys.executable, "ranks.py", *flags, "--out", out, "--ranks", str(count)],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
 
 
 def test_two_processes_of_two_micro_batches_train_as_one_of_one_does():
+    # 9 single frames and then 2 clips a step: the shares are not equal
     for count in (1, 2):
-        done = run_ranks(f"ranks{count}", count, "--accumulate", str(count))
+        done = run_ranks(f"ranks{count}", count, "--accumulate", str(count), "--vae-batch-size", "9")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("done in") == 1
     one, two = stored("ranks1"), stored("ranks2")
     assert all(close(one[key], two[key], 1e-9) for key in one)
     assert [r["loss"] for r in rows("ranks1")] == [r["loss"] for r in rows("ranks2")]
+
+
+def test_a_resumed_run_of_four_processes_ends_with_the_very_weights():
+    keep_a_copy = (  # of the run as it was after its third step
+        "import shutil\n"
+        "save = train.save_run\n"
+        "train.save_run = lambda out, stage, step, *rest: (\n"
+        "    save(out, stage, step, *rest), step == 3 and shutil.copytree(out, 'half'))\n")
+    done = run_ranks("whole", 4, "--vae-steps", "1", "--image-steps", "6", "--video-steps", "0",
+                     "--save-every", "3", float64=False, prepare=keep_a_copy)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "ranks.py", "--resume", "--out", "half", "--ranks", "4"],
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert equal(stored("whole"), stored("half"))
+
+
+def test_where_processes_are_stopped_none_leaves_before_the_run_is_saved():
+    Path("slow.py").write_text(
+        "import os, sys, time, signal\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import train\n"
+        "from test_train import PRESETS, TINIER, MagicVideoConfig\n"
+        "PRESETS['tiny'] = MagicVideoConfig(**TINIER)\n"
+        "save = train.save_run\n"
+        "train.save_run = lambda *a: (time.sleep(2), save(*a), print('saved', flush=True))\n"
+        "check = train.check_finite\n"
+        "train.check_finite = lambda stage, step, *a: (\n"
+        "    step == 2 and os.kill(os.getpid(), signal.SIGTERM), check(stage, step, *a))\n"
+        "try:\n"
+        "    train.main(sys.argv[1:], __file__)\n"
+        "except train.InputError as error:\n"
+        "    print('left', flush=True)\n"
+        "    sys.exit(2)\n")
+    done = subprocess.run([sys.executable, "slow.py", *SHORT, "--stage", "vae", "--vae-steps", "99",
+                           "--out", "run", "--ranks", "2"], capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 2 and done.stdout.split().index("left") > done.stdout.split().index(
+        "saved")
+    assert load_checkpoint("run/checkpoint.pt", "magicvideo-training")["step"] in (3, 4)
 
 
 def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():

@@ -3,18 +3,19 @@
 Tests that compare with diffusers skip with a reason where it is not installed.
 """
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import unet3d
 from conftest import changed, close, image_started, randn, shaken
-from stable_diffusion import is_video_parameter
-from unet3d import (MASKS, DirectedTemporalAttention, FrameAdaptor, SpatialTransformer,
-                    TransformerBlock, UNet3D, UNetConfig, directed_attention)
+from unet3d import (MASKS, Attention, DirectedTemporalAttention, Downsample, FrameAdaptor,
+                    ResnetBlock, SpatialTransformer, TimestepEmbedding, TransformerBlock, UNet3D,
+                    UNetConfig, Upsample, directed_attention, is_video_parameter)
 
 FRAMES = 5
 TINY = dict(channels=(8, 16), attention=(True, False), layers=1, heads=2, groups=4,
@@ -60,6 +61,12 @@ def test_the_video_model_uses_every_weight_and_the_image_model_every_image_weigh
             assert p.grad.any() if is_used else p.grad is None, name
 
 
+def test_a_model_of_one_frame_has_every_video_part_and_one_of_none_has_no_video_part():
+    none, one, five = ([*UNet3D(UNetConfig(**{**TINY, "frames": frames})).state_dict()]
+                       for frames in (0, 1, 5))
+    assert one == five and none == [name for name in five if not is_video_parameter(name)]
+
+
 def test_every_clip_of_a_batch_has_its_own_timestep_text_and_fps(unet):
     alone = [unet(*(x[i : i + 1] for x in CLIPS)) for i in range(2)]
     assert close(unet(*CLIPS), torch.cat(alone), 1e-12)
@@ -94,6 +101,14 @@ def test_every_3x3_convolution_and_self_attention_hands_its_output_to_an_adaptor
     for hook in hooks:
         hook.remove()
     assert [place for _, place in calls[0::2]] == [place for _, place in calls[1::2]]
+    names = {module: name for name, module in unet.named_modules()}
+    for (maker, _), (reader, _) in zip(calls[0::2], calls[1::2]):
+        # resnets.1.conv2 -> resnet_adaptors.1.1, attentions.0... -> attention_adaptors.0, and so on
+        name = re.sub(r"(resnet|attention|downsampler|upsampler)s", r"\1_adaptors", names[maker])
+        name = re.sub(r"\.transformer_blocks\.0\.attn1|\.conv$", "", name)
+        name = name.replace(".conv1", ".0").replace(".conv2", ".1")
+        name = re.sub(r"^(conv_in|conv_out)$", r"\1_adaptor", name)
+        assert names[reader] == name
     assert {module for module, _ in calls[0::2]} == {*makers}
     assert {module for module, _ in calls[1::2]} == {*readers}
     assert len(calls) == 2 * len(makers) == 2 * len(readers)
@@ -209,21 +224,16 @@ def test_literal_rows_sum_to_less_than_one_the_last_to_one_and_renormalised_are_
         assert not a.triu(1).any() and (a + torch.ones_like(a).triu(1) > 0).all()
 
 
-@pytest.mark.parametrize("mask", ["strict", "bidirectional"])
-def test_more_sequences_than_a_fused_kernel_takes_are_split_without_a_difference(
-        qkv, mask, monkeypatch):
-    assert unet3d.MAX_BATCH == 65_535
-    whole = directed_attention(*qkv, mask)
-    fused = F.scaled_dot_product_attention
-    sizes = []
+def test_an_unknown_mask_is_refused_with_the_names_of_those_that_exist():
+    with pytest.raises(ValueError, match='"casual" is unknown: use strict, literal, bidirectional'):
+        DirectedTemporalAttention(6, heads=2, mask="casual")
 
-    def counted(q, *rest, **options):
-        sizes.append(len(q))
-        return fused(q, *rest, **options)
 
-    monkeypatch.setattr(unet3d, "MAX_BATCH", 2)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    assert close(directed_attention(*qkv, mask), whole, 1e-12) and sizes == [2, 1]
+@pytest.mark.parametrize("mask", MASKS)
+def test_temporal_attention_everywhere_has_the_heads_and_the_mask_of_the_config(mask):
+    unet = UNet3D(UNetConfig(**TINY, mask=mask))
+    layers = [m for m in unet.modules() if isinstance(m, DirectedTemporalAttention)]
+    assert {(layer.heads, layer.mask) for layer in layers} == {(2, mask)} and len(layers) == 4
 
 
 @pytest.mark.parametrize("frame", range(FRAMES))
@@ -240,6 +250,12 @@ def test_fps_has_an_effect_and_zeroing_the_last_layer_removes_it():
     nn.init.zeros_(unet.fps_embedding.linear_2.weight)
     nn.init.zeros_(unet.fps_embedding.linear_2.bias)
     assert torch.equal(unet(*CLIPS), unet(Z, T, TEXT, 3 * FPS))
+
+
+def test_with_bfloat16_weights_neighbouring_timesteps_stay_apart():
+    embedding = TimestepEmbedding(8).bfloat16()
+    first, second = embedding(torch.tensor([980, 981]))  # both are 980 when rounded to bfloat16
+    assert (first != second).any()
 
 
 def diffusers_unet(config):
@@ -278,3 +294,34 @@ def test_at_full_size_16_places_are_temporal_68_adapted_and_the_image_parts_are_
     temporal = [m for m in full_size.modules() if isinstance(m, DirectedTemporalAttention)]
     assert len(adaptors) == 52 + 16 and {len(m.scale) for m in adaptors} == {16}
     assert len(temporal) == 16
+    modules = [*full_size.modules()]
+    assert {m.heads for m in modules if isinstance(m, Attention | DirectedTemporalAttention)} == {8}
+    assert {m.num_groups for m in modules if isinstance(m, nn.GroupNorm)} == {32}
+
+
+def test_the_table_of_sizes_above_the_network_is_what_its_full_size_runs_through():
+    with torch.device("meta"):  # no memory behind it, and nothing is computed
+        network = UNet3D(UNetConfig())
+        z = torch.zeros(1, 16, 4, 256 // 8, 256 // 8)
+        inputs = (z, torch.zeros(1), torch.zeros(1, 77, 768), torch.zeros(1))
+    calls = {}  # layers -> what ran there: (module, shape that it read, shape that it wrote)
+    for name, module in network.named_modules():
+        kinds = (ResnetBlock, DirectedTemporalAttention, Downsample, Upsample)
+        if isinstance(module, kinds) or name in ("conv_in", "conv_out"):
+            layers = re.match(r"(?:down|up)_blocks\.\d|\w+", name)[0]  # with an index, or without
+            layers = re.sub(r"\.(\d)", r"[\1]", layers)
+            module.register_forward_hook(lambda module, read, out, layers=layers: calls.setdefault(
+                layers, []).append((module, read[0].shape, out.shape)))
+    network(*inputs)
+    rows = []
+    for layers, ran in calls.items():
+        reads = [read for module, read, _ in ran if isinstance(module, (nn.Conv2d, ResnetBlock))]
+        wrote = ran[-1][2]
+        channels = ", ".join(str(read[-3]) for read in reads)
+        sides = dict.fromkeys([str(reads[0][-1]), str(wrote[-1])])
+        temporal = sum(isinstance(module, DirectedTemporalAttention) for module, _, _ in ran)
+        rows.append([layers, f"{channels} -> {wrote[-3]}", " -> ".join(sides),
+                     str(reads[0][:-3].numel()), str(temporal)])
+    heading, *table = re.findall(r"^    #   (.+)$", inspect.getsource(UNet3D), re.MULTILINE)
+    assert heading.split() == ["layers", "channels", "side", "frames", "ST", "blocks"]
+    assert [re.split("  +", row) for row in table] == rows

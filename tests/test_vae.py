@@ -3,12 +3,17 @@
 Tests that compare with diffusers skip with a reason where it is not installed.
 """
 
+import inspect
+import math
+import re
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import changed, close, image_started, randn, shaken
-from stable_diffusion import is_video_parameter
-from vae import VAEConfig, VideoVAE
+from unet3d import DirectedTemporalAttention, is_video_parameter
+from vae import Decoder, Encoder, Level, MidBlock, VAEConfig, VideoVAE
 
 FRAMES = 5
 TINY = dict(channels=(8, 16), layers=1, groups=4)  # two levels: frames are halved once
@@ -55,6 +60,20 @@ def test_the_decoder_carries_every_frame_forward_and_none_back(vae, frame):
     after = vae.decode(changed(LATENTS, frame))
     assert torch.equal(before[:, :frame], after[:, :frame])
     assert (before[:, frame:] != after[:, frame:]).all()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_each_temporal_layer_of_the_decoder_adds_one_head_of_strict_attention(vae, place):
+    layer = vae.decoder.temporal_attentions[place]
+    z = randn(2, FRAMES, 16, 2, 3)
+    tokens = z.permute(0, 3, 4, 1, 2)  # (b, h, w, f, c)
+    tokens = F.layer_norm(tokens, (16,), layer.norm.weight, layer.norm.bias, eps=1e-5)
+    q, k, v = (tokens @ to.weight.T for to in (layer.to_q, layer.to_k, layer.to_v))
+    future = torch.ones(FRAMES, FRAMES).triu(1).bool()
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(16)).masked_fill(future, -math.inf)
+    out = scores.softmax(-1) @ v @ layer.to_out.weight.T + layer.to_out.bias
+    expected = (z + out.permute(0, 3, 4, 1, 2)).flatten(0, 1)
+    assert close(vae.decoder.temporal(place, z.flatten(0, 1), FRAMES), expected, 1e-12)
 
 
 def test_every_weight_is_used():
@@ -111,8 +130,37 @@ def test_outputs_equal_those_of_diffusers_frame_by_frame_with_its_own_weights():
 
 def test_image_parts_at_full_size_are_sds_248_tensors_and_only_the_decoder_has_video_parts():
     with torch.device("meta"):  # no memory behind it
-        weights = VideoVAE(VAEConfig()).state_dict()
+        vae = VideoVAE(VAEConfig())
+    weights = vae.state_dict()
     video_parts = {*filter(is_video_parameter, weights)}
     image = [p for name, p in weights.items() if name not in video_parts]
     assert len(image) == 248 and sum(p.numel() for p in image) == 83_653_863
     assert {name.split(".")[0] for name in video_parts} == {"decoder"}
+    assert {m.num_groups for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)} == {32}
+
+
+@pytest.mark.parametrize("half, inputs", [(Encoder, [(16, 3, 256, 256)]),
+                                          (Decoder, [(16, 4, 256 // 8, 256 // 8), 16])])
+def test_the_table_of_sizes_above_each_half_is_what_its_full_size_runs_through(half, inputs):
+    with torch.device("meta"):  # no memory behind it, and nothing is computed
+        network = half(VAEConfig())
+        inputs = [torch.zeros(x) if isinstance(x, tuple) else x for x in inputs]
+    rows = []
+
+    def note(name, module, read, out):
+        reads = [resnet.conv1.in_channels for resnet in getattr(module, "resnets", [])]
+        channels = ", ".join(str(c) for c in reads or [read.shape[-3]])
+        sides = dict.fromkeys([str(read.shape[-1]), str(out.shape[-1])])
+        rows.append([name, f"{channels} -> {out.shape[-3]}", " -> ".join(sides),
+                     str(read.shape[:-3].numel())])
+
+    for name, module in network.named_modules():
+        name = re.sub(r"\.(\d)", r"[\1]", name)
+        if isinstance(module, (Level, MidBlock, DirectedTemporalAttention)) or (
+                name in ("conv_in", "conv_out")):
+            module.register_forward_hook(
+                lambda module, read, out, name=name: note(name, module, read[0], out))
+    network(*inputs)
+    heading, *table = re.findall(r"^    #   (.+)$", inspect.getsource(half), re.MULTILINE)
+    assert heading.split() == ["layers", "channels", "side", "frames"]
+    assert [re.split("  +", row) for row in table] == rows
