@@ -41,7 +41,8 @@ def test_one_picture_in_twenty_may_be_a_glitch_and_two_may_not():
     for count, glitches, rate in ((20, 1, 25), (40, 2, 25), (20, 3, 100)):
         seconds = [10 * ms] * glitches + [40 * ms] * (count - glitches)
         assert clip_files.frame_ends(seconds)[1] == pytest.approx(rate, rel=0.02)
-    assert clip_files.frame_ends([120 * ms, 130 * ms, 250 * ms, 180 * ms]) == ([1, 2, 4, 5], 5 / 0.68)
+    seconds = [120 * ms, 130 * ms, 250 * ms, 180 * ms]
+    assert clip_files.frame_ends(seconds) == ([1, 2, 4, 5], 5 / 0.68)
     assert clip_files.frame_ends([1 * ms] * 40) == ([
         round(k * 120 / 1000) for k in range(1, 41)], 5 / 0.04)
 
@@ -391,9 +392,8 @@ def test_packages_that_are_missing_or_too_old_are_named_with_the_version_needed(
 def test_what_pillow_says_in_whatever_form_is_damage(tmp_path, monkeypatch, video):
     folder_of(tmp_path, video, "a.gif")
     # Pillow 9.3 says so of a GIF that is cut off
-    program = compile("def seek(image, k):\n    nothing = None\n    nothing[k]", str(Path(PIL.__file__).parent / "x.py"),
-                      "exec")
-    exec(program, made := {})
+    program = "def seek(image, k):\n    nothing = None\n    nothing[k]"
+    exec(compile(program, str(Path(PIL.__file__).parent / "plugin.py"), "exec"), made := {})
     monkeypatch.setattr(GifImagePlugin.GifImageFile, "seek", made["seek"])
     refused(tmp_path, "a.gif: cannot be read ('NoneType' object is not subscriptable)")
 
