@@ -80,8 +80,9 @@ class Worker:
         self.process.stdin.flush()
 
     def run(self, files: dict[Path, bytes], exercise: Exercise, wait: float = 0) -> dict:
-        """Run an exercise's graders -> {"tests": what each found, "ending": words, "seconds"}.
+        """Run an exercise's graders -> what each found, how it ended, in words, and seconds.
 
+        "imported" tells whether the import of the exercise's file came to an end.
         The limit of processor time is above that in a student's copy; a machine may be busy, so a
         process that does not end has four times as long, or `wait` seconds.
         """
@@ -93,7 +94,8 @@ class Worker:
             write_files(files, Path(folder))
             os.chmod(folder, 0o755)
             self.ask({"folder": str(Path(folder).resolve()), "seconds": limit, "wait": wait,
-                      "exercise": f"exercise_{exercise.number:02d}"})
+                      "exercise": f"exercise_{exercise.number:02d}",
+                      "module": Path(exercise.file or "magicvideo.py").stem})
             text, answer = b"", ""
             deadline = time.monotonic() + wait + 60
             while not answer and time.monotonic() < deadline and len(text) < 2**26:
@@ -120,7 +122,9 @@ class Worker:
         except ValueError:
             self.__exit__()
             seconds, ending = limit, "it sent too much, or ended the process that runs it"
-        return {"tests": read_records(text), "ending": ending, "seconds": seconds}
+        tests = read_records(text)
+        imported = bool(tests.pop("", None))
+        return {"tests": tests, "imported": imported, "ending": ending, "seconds": seconds}
 
 
 def read_records(text: bytes) -> dict[str, dict]:
@@ -243,6 +247,7 @@ def grade(worker: Worker, right: dict, submission: Path, numbers: list[int]) -> 
     asked = {EXERCISES[n - 1].file for n in numbers if EXERCISES[n - 1].file} - {EXPERIMENT}
     needed = {None: asked, EXPERIMENT: {str(WEIGHTS)}}
     tests = []
+    stuck = {}  # files whose import does not end -> why
     started = time.monotonic()
     for exercise in (EXERCISES[n - 1] for n in numbers):
         names = needed.get(exercise.file, {exercise.file})
@@ -253,9 +258,14 @@ def grade(worker: Worker, right: dict, submission: Path, numbers: list[int]) -> 
         if missing:
             others = [note for note in notes if "not read" in note or "not taken" in note]
             verdicts = {"all": "; ".join([f"{', '.join(missing)} not handed in", *others])}
+        elif stuck.keys() & names:
+            verdicts = {"all": f"import of {[*stuck.keys() & names][0]}: {[*stuck.values()][0]}"}
         else:
             late = time.monotonic() - started > 600  # a file that waits for ever, again and again
-            verdicts = judge(worker, right, worker.run(files, exercise, 20 * late), exercise)
+            ran = worker.run(files, exercise, 20 * late)
+            verdicts = judge(worker, right, ran, exercise)
+            if exercise.file and not ran["imported"]:
+                stuck[exercise.file] = ran["ending"]
         failures = [*dict.fromkeys(words for words in verdicts.values() if words)]
         share = sum(not words for words in verdicts.values()) / len(verdicts)
         output = "right"

@@ -102,8 +102,10 @@ def plain(found):
 
 def differs(found, right, within: float) -> str:
     """Say how what was found differs from what is right, both `plain`; "" if it does not."""
+    if found == right:
+        return ""
     if not isinstance(right, dict):
-        return "" if found == right else f"is {str(found)[:200]}, not {str(right)[:200]}"
+        return f"is {str(found)[:200]}, not {str(right)[:200]}"
     if not isinstance(found, dict):
         return f"is {str(found)[:80]}, not a tensor"
     if found["shape"] != right["shape"]:
