@@ -27,6 +27,7 @@ from course.isolated import CREATE, landlock
 from runs import InputError, run_command
 
 SEED = 1  # of the inputs, that of a student's copy is 0
+SENT = 2**25  # bytes that an exercise's graders may send
 WEIGHTS = Path("overfit.pt")
 INSTALLED = {"venv", "env", "site-packages", "dist-packages", "node_modules", "__pycache__",
              "__MACOSX"}  # folders that no student wrote
@@ -96,9 +97,9 @@ class Worker:
             self.ask({"folder": str(Path(folder).resolve()), "seconds": limit, "wait": wait,
                       "exercise": f"exercise_{exercise.number:02d}",
                       "module": Path(exercise.file or "magicvideo.py").stem})
-            text, answer = b"", ""
+            text, answer = bytearray(), ""
             deadline = time.monotonic() + wait + 60
-            while not answer and time.monotonic() < deadline and len(text) < 2**26:
+            while not answer and time.monotonic() < deadline and len(text) < SENT:
                 ready = select.select([self.pipe, self.process.stdout], [], [], 1)[0]
                 if self.pipe in ready:
                     text += os.read(self.pipe, 2**20)
@@ -107,7 +108,7 @@ class Worker:
             while answer and select.select([self.pipe], [], [], 0)[0]:
                 more = os.read(self.pipe, 2**20)
                 text += more
-                if not more or len(text) > 2**26:
+                if not more or len(text) > SENT:
                     break
         try:
             status, seconds = json.loads(answer)

@@ -89,8 +89,7 @@ def test_a_function_without_a_docstring_or_of_another_name_is_no_exercise(monkey
             assignment.build_copy([1])
 
 
-@pytest.mark.parametrize("command", ["assignment tests", "mistakes 99", "grade 99",
-                                     "grade . --only 99", "grade --gradescope README.md"])
+@pytest.mark.parametrize("command", ["assignment tests", "mistakes 99", "grade . --only 99"])
 def test_errors_have_no_traceback(command):
     done = subprocess.run([sys.executable, "-m", *f"course.{command}".split()], cwd=ROOT, text=True,
                           capture_output=True)
@@ -308,6 +307,12 @@ def test_of_two_copies_the_upper_is_taken_and_both_are_named(tmp_path):
     files, notes = grade.find_files(tmp_path)
     assert files == {Path("unet3d.py"): b"upper", Path("data.py"): b"same"}
     assert "old/unet3d.py: not taken, it is another copy of unet3d.py" in notes and len(notes) == 3
+
+
+def test_what_cannot_be_graded_or_written_is_one_line():
+    for flags in (["99"], ["--gradescope", str(ROOT / "README.md")]):
+        with pytest.raises(InputError, match="no such folder; name one|exists already; name a new"):
+            grade.main(flags)
 
 
 def test_links_are_refused(tmp_path):
