@@ -203,14 +203,15 @@ def decode_video(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
                 last = frame
         if last is not None:
             yield to_upright(last, aspect), shown
-        # pictures and sound must go on until the end that the file states, if it states one
+        # pictures or sound must go on until the end that these formats state; other lengths are
+        # guesses of av, and some files state none
+        kind = container.format.name.split(",")[0]
         length = Fraction(container.duration or 0, av.time_base)
-        if container.format.name == "avi":  # for which av takes the size of the file
+        if kind == "avi" and stream.average_rate:  # for which av takes the size of the file
             length = stream.frames / stream.average_rate
         missing = Fraction(container.start_time or 0, av.time_base) + length - end
-        if missing > max(2 * shown, length / 30):
-            raise EOFError(f"cut off {float(missing):.1f} s before its end")
-        if container.format.name == "asf" and not length:  # of WMV: its size is not the stated one
+        is_short = missing > max(2 * shown, length / 30)
+        if kind in ("matroska", "mov", "flv", "avi") and is_short or kind == "asf" and not length:
             raise EOFError("cut off")
 
 

@@ -147,11 +147,12 @@ def read_captions(folder: Path, clips: list[Path],
                                  f"write the whole name")
             if not found and not os.path.exists(path):
                 raise InputError(f"{place} is no clip in this folder; add it or remove the line")
-            if not path.is_relative_to(os.path.abspath(folder)):
+            if not found and not path.is_relative_to(os.path.abspath(folder)):
                 raise InputError(f"{place} lies outside {folder}; move it there or remove the line")
             if not found:
                 not_clips.append(place)
-            for text in texts if found else []:
+                continue
+            for text in filter(None, texts):
                 captions[found[0]] = captions[found[0]] or text
                 more += text != captions[found[0]]
     texts = {loose_name(file): file for file in others}

@@ -52,9 +52,9 @@ ARROWS = (  # each through these points
     ((600, 366), (634, 366)), ((512, 290), (512, 309)), ((112, 411), (112, 389)),
 )
 TEXTS = (  # x, y, size, text
-    (318, 152, 13, "3D U-Net"), (318, 174, 9, "removes some noise"), (318, 252, 9, "50 steps"),
+    (318, 152, 13, "3D U-Net"), (318, 174, 9, "removes some noise"), (318, 252, 9, "20 steps"),
     (86, 228, 9, "noise"), (528, 228, 9, "latents"), (733, 228, 9, "8 frames"),
-    (638, 161, 8, "Video-\nVAE\ndecoder"), (135, 286, 10, "in every level of the U-Net"),
+    (638, 161, 8, "Video-\nVAE\ndecoder"), (135, 286, 10, "in the levels of the U-Net"),
     (158, 328, 9, r"$z_i = S_i\,\mathrm{conv}(z_i) + B_i$"), (112, 421, 9, "step, fps"),
     (512, 281, 9, "text"), (393, 297, 9, "S-Attn: within each frame"),
     (420, 431, 9, "T-Attn: across frames, at each location"),

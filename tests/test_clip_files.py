@@ -187,6 +187,25 @@ def test_a_video_that_is_cut_off_is_refused_and_a_whole_one_is_not(tmp_path, nam
             read_clip(path)
 
 
+def test_a_video_that_states_no_length_or_a_wrong_guess_of_it_is_read(tmp_path):
+    av = pytest.importorskip("av", reason="reading video files needs av")
+    noise = np.random.default_rng(0).integers(0, 255, (96, 64, 64, 3), np.uint8)
+    noise[10:] //= 64  # av guesses the length of a bare stream by the bits of its beginning
+    for kind, codec, options in (("mpeg2video", "mpeg2video", {}), ("mpegts", "mpeg2video", {}),
+                                 ("webm", "libvpx", {"live": "1"}),
+                                 ("mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"})):
+        path = tmp_path / f"{kind}.{'mpg' if kind == 'mpeg2video' else kind.removeprefix('mpeg')}"
+        with av.open(str(path), "w", format=kind, options=options) as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+            for k, picture in enumerate(noise):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = k, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        assert len(read_clip(path)[0]) == pytest.approx(96, abs=1), kind
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_a_clip_that_is_cut_off_anywhere_is_refused(tmp_path, suffix):
     noise = torch.rand(8, 3, 6, 6, generator=seeded()) * 2 - 1
