@@ -27,6 +27,7 @@ from course.isolated import CREATE, landlock
 from runs import InputError, run_command
 
 SEED = 1  # of the inputs, that of a student's copy is 0
+SENT = 2**25  # bytes that an exercise's graders may send
 WEIGHTS = Path("overfit.pt")
 INSTALLED = {"venv", "env", "site-packages", "dist-packages", "node_modules", "__pycache__",
              "__MACOSX"}  # folders that no student wrote
@@ -80,8 +81,9 @@ class Worker:
         self.process.stdin.flush()
 
     def run(self, files: dict[Path, bytes], exercise: Exercise, wait: float = 0) -> dict:
-        """Run an exercise's graders -> {"tests": what each found, "ending": words, "seconds"}.
+        """Run an exercise's graders -> what each found, how it ended, in words, and seconds.
 
+        "imported" tells whether the import of the exercise's file came to an end.
         The limit of processor time is above that in a student's copy; a machine may be busy, so a
         process that does not end has four times as long, or `wait` seconds.
         """
@@ -93,10 +95,11 @@ class Worker:
             write_files(files, Path(folder))
             os.chmod(folder, 0o755)
             self.ask({"folder": str(Path(folder).resolve()), "seconds": limit, "wait": wait,
-                      "exercise": f"exercise_{exercise.number:02d}"})
-            text, answer = b"", ""
+                      "exercise": f"exercise_{exercise.number:02d}",
+                      "module": Path(exercise.file or "magicvideo.py").stem})
+            text, answer = bytearray(), ""
             deadline = time.monotonic() + wait + 60
-            while not answer and time.monotonic() < deadline and len(text) < 2**26:
+            while not answer and time.monotonic() < deadline and len(text) < SENT:
                 ready = select.select([self.pipe, self.process.stdout], [], [], 1)[0]
                 if self.pipe in ready:
                     text += os.read(self.pipe, 2**20)
@@ -105,14 +108,14 @@ class Worker:
             while answer and select.select([self.pipe], [], [], 0)[0]:
                 more = os.read(self.pipe, 2**20)
                 text += more
-                if not more or len(text) > 2**26:
+                if not more or len(text) > SENT:
                     break
         try:
             status, seconds = json.loads(answer)
             ending = f"the process ended by itself (status {os.waitstatus_to_exitcode(status)})"
             if os.WIFSIGNALED(status):
                 ending = f"stopped by signal {os.WTERMSIG(status)}"
-                if seconds >= limit - 1:
+                if seconds > 0.9 * limit:
                     ending = f"stopped after {limit} s of processor time: does your loop end?"
                 elif os.WTERMSIG(status) == 9:
                     ending = (f"stopped after {wait:.0f} s, {seconds:.0f} s of them of processor "
@@ -120,14 +123,16 @@ class Worker:
         except ValueError:
             self.__exit__()
             seconds, ending = limit, "it sent too much, or ended the process that runs it"
-        return {"tests": read_records(text), "ending": ending, "seconds": seconds}
+        tests = read_records(text)
+        imported = bool(tests.pop("", None))
+        return {"tests": tests, "imported": imported, "ending": ending, "seconds": seconds}
 
 
 def read_records(text: bytes) -> dict[str, dict]:
     """Sort what the graders sent by grader: rows found, whether it is done, what was raised."""
     tests = {}
     for line in text.decode(errors="replace").splitlines():
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # it can be anything
+        with suppress(ValueError, TypeError, LookupError, RecursionError):  # it can be anything
             name, kind, *record = json.loads(line)
             test = tests.setdefault(name, {"rows": {}, "done": False, "raised": ""})
             if kind == "found":
@@ -243,6 +248,7 @@ def grade(worker: Worker, right: dict, submission: Path, numbers: list[int]) -> 
     asked = {EXERCISES[n - 1].file for n in numbers if EXERCISES[n - 1].file} - {EXPERIMENT}
     needed = {None: asked, EXPERIMENT: {str(WEIGHTS)}}
     tests = []
+    stuck = {}  # files whose import does not end -> why
     started = time.monotonic()
     for exercise in (EXERCISES[n - 1] for n in numbers):
         names = needed.get(exercise.file, {exercise.file})
@@ -253,9 +259,14 @@ def grade(worker: Worker, right: dict, submission: Path, numbers: list[int]) -> 
         if missing:
             others = [note for note in notes if "not read" in note or "not taken" in note]
             verdicts = {"all": "; ".join([f"{', '.join(missing)} not handed in", *others])}
+        elif stuck.keys() & names:
+            verdicts = {"all": f"import of {[*stuck.keys() & names][0]}: {[*stuck.values()][0]}"}
         else:
             late = time.monotonic() - started > 600  # a file that waits for ever, again and again
-            verdicts = judge(worker, right, worker.run(files, exercise, 20 * late), exercise)
+            ran = worker.run(files, exercise, 20 * late)
+            verdicts = judge(worker, right, ran, exercise)
+            if exercise.file and not ran["imported"]:
+                stuck[exercise.file] = ran["ending"]
         failures = [*dict.fromkeys(words for words in verdicts.values() if words)]
         share = sum(not words for words in verdicts.values()) / len(verdicts)
         output = "right"

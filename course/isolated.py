@@ -7,6 +7,7 @@ what they find. It knows neither the right results nor the functions that studen
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import resource
@@ -45,11 +46,14 @@ def readable(secret: list[str]) -> list[Path]:
             paths += [path for path in Path(folder).iterdir()
                       if path.name.split("-")[0] not in FOREIGN | {"site", "dist"}]
     hidden = [Path(name) for name in secret]
+    pythons = [path for path in map(Path, (sys.prefix, sys.base_prefix))
+               if any(one in path.parents for one in hidden)]
     allowed = []
     for path in paths:
         real = path.resolve()
         holds_secret = any(one.is_relative_to(real) for one in hidden)
-        is_secret = any(real.is_relative_to(one) for one in hidden) and not PACKAGES & {*real.parts}
+        is_python = PACKAGES & {*real.parts} or any(real.is_relative_to(one) for one in pythons)
+        is_secret = any(real.is_relative_to(one) for one in hidden) and not is_python
         if real.exists() and not holds_secret and not is_secret:
             allowed.append(real)
     return allowed
@@ -112,6 +116,9 @@ def run_graders(graders, request: dict, paths: list[Path], pipe: int) -> None:
     sys.path.insert(0, folder)
     sys.modules.update(dict.fromkeys(FOREIGN))
     graders.HOME = Path(folder)
+    with suppress(Exception, SystemExit):  # a grader will say what was raised
+        importlib.import_module(request["module"])
+    send("", "done")
     for name, grade in graders.GRADERS.items():
         if name.startswith(request["exercise"]):
             graders.report = lambda *record, name=name: send(name, "found", *record)

@@ -10,8 +10,8 @@ from data import ShapesDataset
 from magicvideo import MagicVideo
 from unet3d import UNet3D
 
-GOAL = 0.05
-STEPS = 400
+GOAL = 0.06
+STEPS = 300
 HOME = Path(__file__).resolve().parent
 
 

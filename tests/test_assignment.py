@@ -89,8 +89,7 @@ def test_a_function_without_a_docstring_or_of_another_name_is_no_exercise(monkey
             assignment.build_copy([1])
 
 
-@pytest.mark.parametrize("command", ["assignment tests", "mistakes 99", "grade 99",
-                                     "grade . --only 99", "grade --gradescope README.md"])
+@pytest.mark.parametrize("command", ["assignment tests", "mistakes 99", "grade . --only 99"])
 def test_errors_have_no_traceback(command):
     done = subprocess.run([sys.executable, "-m", *f"course.{command}".split()], cwd=ROOT, text=True,
                           capture_output=True)
@@ -141,21 +140,26 @@ def test_a_blank_is_one_line_in_the_copy_and_the_first_failure_is_alone(tmp_path
     assert "unet3d.py: not written yet, exercise 6" in done.stdout
 
 
-SLOW = """
-        time.sleep(0.001)
-        end = time.process_time() + 0.4
-        while time.process_time() < end:
-            pass
-"""
-
-
 def test_what_is_right_and_slow_is_right(worker, right):
-    files = dict(BY_FILE)
-    text = FILES["unet3d.py"].replace("        frames = len(self.scale)\n",
-                                      SLOW.replace("0.4", "0.01") + "        frames = len("
-                                      "self.scale)\n")
-    files[Path("unet3d.py")] = f"import time\n{text}".encode()
-    assert not any(verdicts(worker, right, files, 4).values())
+    slowly = "        end = time.process_time() + 0.02\n        while time.process_time() < end:\n" \
+             "            pass\n"
+    before = "        frames = len(self.scale)\n"
+    assert before in FILES["unet3d.py"]
+    text = FILES["unet3d.py"].replace(before, slowly + before)
+    ran = worker.run({**BY_FILE, Path("unet3d.py"): f"import time\n{text}".encode()}, EXERCISES[3])
+    assert ran["seconds"] > 4 and not any(grade.judge(worker, right, ran, EXERCISES[3]).values())
+
+
+def test_a_loop_that_never_ends_is_named_and_waits_once(worker, right, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker.graders, "LIMIT", 2)
+    (tmp_path / "unet3d.py").write_text("while True: pass")
+    tests = grade.grade(worker, right, tmp_path, [4, 5])["tests"]
+    assert all("stopped after 3 s of processor time: does your loop end?" in test["output"]
+               for test in tests) and "import of unet3d.py" in tests[1]["output"]
+    (tmp_path / "unet3d.py").write_text("import time; time.sleep(999)")
+    monkeypatch.setattr(worker.graders, "LIMIT", 1)
+    (test,) = grade.grade(worker, right, tmp_path, [4])["tests"]
+    assert "of processor time: does it wait for something?" in test["output"]
 
 
 # what a hostile file does when it is imported, and then instead of the adaptor
@@ -303,6 +307,12 @@ def test_of_two_copies_the_upper_is_taken_and_both_are_named(tmp_path):
     files, notes = grade.find_files(tmp_path)
     assert files == {Path("unet3d.py"): b"upper", Path("data.py"): b"same"}
     assert "old/unet3d.py: not taken, it is another copy of unet3d.py" in notes and len(notes) == 3
+
+
+def test_what_cannot_be_graded_or_written_is_one_line():
+    for flags in (["99"], ["--gradescope", str(ROOT / "README.md")]):
+        with pytest.raises(InputError, match="no such folder; name one|exists already; name a new"):
+            grade.main(flags)
 
 
 def test_links_are_refused(tmp_path):

@@ -102,8 +102,10 @@ def plain(found):
 
 def differs(found, right, within: float) -> str:
     """Say how what was found differs from what is right, both `plain`; "" if it does not."""
+    if found == right:
+        return ""
     if not isinstance(right, dict):
-        return "" if found == right else f"is {str(found)[:200]}, not {str(right)[:200]}"
+        return f"is {str(found)[:200]}, not {str(right)[:200]}"
     if not isinstance(found, dict):
         return f"is {str(found)[:80]}, not a tensor"
     if found["shape"] != right["shape"]:
@@ -152,15 +154,17 @@ class Case:
     A module's weights are inputs too, random where not given. `half` is how far results in float16
     and bfloat16 may be off, in steps of the type, which grows with the order of operations; None
     means that they are not tried. `result` is the result's type where it is not that of the inputs.
+    `owner` is the module whose method the function is.
     """
 
     def __init__(self, says: str, function: Callable, within: float = 1e-6, half: float | None = 4,
-                 result: torch.dtype | None = None, **inputs):
+                 result: torch.dtype | None = None, owner: nn.Module | None = None, **inputs):
         self.says = says
         self.function = function
         self.within = within
         self.half = half
         self.result = result
+        self.owner = function if isinstance(function, nn.Module) else owner
         self.inputs = inputs
         if isinstance(function, nn.Module):
             weights = {name: randn(*p.shape, seed=50 + i) / 2
@@ -234,8 +238,8 @@ def memory_and_device(case: Case) -> None:
              for name, x in case.given().items()}
     same(case.says, case(given, ", inputs that are not contiguous"), within=case.within,
          suffix=", inputs that are not contiguous,")
-    if isinstance(case.function, nn.Module):
-        case.function.eval()
+    if case.owner:
+        case.owner.eval()
         same(case.says, case(case.given(), ", eval mode"), within=case.within,
              suffix=", in eval mode,")
     suffix = ", inputs on another device than the CPU"
@@ -953,7 +957,7 @@ def layer(says: str, i: int, frames: int, video: bool, t_attn: float = 0.5) -> C
     level = bare(get("unet3d", "Level"), **parts)
     has = f"adaptors of {frames} frames" if frames else "an image model"
     return Case(f"{says}: layer {i} of 3, two with an ST block, {has}, video is {video}",
-                lambda z, emb, context: level.layer(i, z, emb, context, video),
+                lambda z, emb, context: level.layer(i, z, emb, context, video), owner=level,
                 z=randn(2, frames or 3, 4, 2, 5 - SEED), emb=randn(2, 1, 16, seed=1) / 4,
                 context=randn(2, 5, 6, seed=2) / 4)
 
@@ -995,7 +999,7 @@ def exercise_11_the_posterior():
                     ("(mean + sigma eps) s", {})):
                 yield Case(f"{says}, with s = {factor}, shape {shape}",
                            lambda mean, logvar, eps, vae=vae: vae.sample_latents(mean, logvar, eps),
-                           **{**given, **changed})
+                           owner=vae, **{**given, **changed})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1010,7 +1014,7 @@ CUTS = {  # property -> total, rate, frames, fps
     "a single frame, every stride fits": [(1, 8.0, 1, None), (9, 8.0, 1, None),
                                           (50, 10.0, 1, 5.0), (100, 24.0, 1, 1.0)],
     "with fps the stride is round(rate / fps)": [(60, 24.0, 8, 24.0), (60, 24.0, 8, 8),
-                                                 (60, 24.0, 8, 7.0), (99, 30.0, 4, 16.0)],
+                                                 (60, 24.0, 8, 7.0), (99, 30, 4, 30), (99, 30, 4, 16)],
     "the nearest stride, not the nearest rate": [(90, 24.0, 8, 9.9), (90, 30.0, 8, 21.0),
                                                  (90, 24.0, 4, 17.0)],
     "with fps a stride is at least 1": [(60, 24.0, 8, 100.0), (60, 24.0, 8, 60.0)],
