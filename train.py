@@ -411,13 +411,14 @@ def fit_batch(s: Settings, overrides: dict, count: int) -> Settings:
 
 def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset) -> None:
     """Print what was read of a folder of clips and of their captions."""
-    captions = [caption for caption in clips.captions + held_out.captions if caption]
-    missing = len(clips) + len(held_out) - len(captions)
+    held_out_captions = held_out.captions if held_out.names != clips.names else []  # one or two
+    captions = [caption for caption in clips.captions + held_out_captions if caption]
+    missing = len(clips) + len(held_out_captions) - len(captions)
     length = model.config.text.context_length
     cut = sum(len(model.tokenizer.encode(caption)) > length - 2 for caption in captions)
     print(*clips.notes, sep="\n")
     print(f"captions: {missing} missing, {len(captions) - len({*captions})} the same as another, "
-          f"{cut} cut at {length} tokens; {len(held_out)} clips held out")
+          f"{cut} cut at {length} tokens; {len(held_out_captions)} clips held out")
 
 
 def new_model(s: Settings, captions: list[str]) -> MagicVideo:
