@@ -135,6 +135,13 @@ def read_log(path: Path) -> list[dict]:
     return [*{(row["stage"], row["step"]): row for row in whole}.values()]
 
 
+def lowest_held_out_loss(path: Path, stage: str) -> str:
+    """Find the lowest held-out loss of a stage in log.csv -> "STEP, LOSS", "" if there is none."""
+    found = [(float(row["held_out_loss"]), row["step"]) for row in read_log(path)
+             if row["stage"] == stage and row["held_out_loss"]]
+    return f"{min(found)[1]}, {min(found)[0]:.4f}" if found else ""
+
+
 def plot_losses(rows: list[dict], picture: Path) -> None:
     """Draw the losses of log.csv, one plot for each stage; draw nothing without matplotlib."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is known in the notebook alone

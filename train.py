@@ -30,9 +30,9 @@ from clip_files import film_strip, write_clip
 from data import ClipDataset, open_data
 from magicvideo import PRESETS, MagicVideo
 from runs import (BINS, EMA, InputError, append_log, autocast, build_optimizers, claim_folder,
-                  join_processes, leave_processes, load_checkpoint, pick_device, plot_losses,
-                  process_count, process_rank, read_log, run_command, save_checkpoint,
-                  set_learning_rates, start_processes, stop_signals, usable_cores)
+                  join_processes, leave_processes, load_checkpoint, lowest_held_out_loss,
+                  pick_device, plot_losses, process_count, process_rank, read_log, run_command,
+                  save_checkpoint, set_learning_rates, start_processes, stop_signals, usable_cores)
 from stages import BASE_STAGES, STAGES, Draw, Stage, encode_clips, spread
 
 # --------------------------------------------------------------------------------------------------
@@ -476,11 +476,8 @@ def train(stages: list[Stage], clips: ClipDataset, held_out: ClipDataset, out: P
         resumed = None
     if process_rank() == 0:
         model.save(out / "model.pt")
-        losses = [(float(row["held_out_loss"]), row["step"]) for row in read_log(out / "log.csv")
-                  if row["stage"] == stage.name and row["held_out_loss"]]
-        if losses:
-            loss, step = min(losses)
-            say(f"stage {stage.name}: the held-out loss was lowest at step {step}, {loss:.4f}")
+        if lowest := lowest_held_out_loss(out / "log.csv", stage.name):
+            say(f"stage {stage.name}: the held-out loss was lowest at step {lowest}")
     pictures = f", pictures in {out}/samples" if (out / "samples").is_dir() else ""
     prompt = min(filter(None, clips.captions), key=len, default="")[:200]
     say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in "
