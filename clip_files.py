@@ -29,6 +29,7 @@ ANIMATIONS = (".gif", ".webp", ".png", ".apng")  # read by Pillow
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv",
           ".3gp")  # read by av
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the frames of a clip that is a folder
+STILLS = (*IMAGES, ".gif", ".apng")  # pictures by themselves; of those that move the first frame
 FOLDER_FPS = 8  # of a folder of pictures, which names no rate: the default of sampling
 MAX_RATE = 120  # frames that lie closer together are a glitch
 MAX_PIXELS = 2**25  # of a frame, as of 8K video: a file of a few bytes can claim any number
@@ -147,7 +148,7 @@ def decode_images(folder: Path) -> Iterator[tuple[Image.Image, Fraction]]:
 
 
 def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
-    """Decode a GIF, WebP or PNG with the seconds that each picture is shown."""
+    """Decode a GIF, WebP, PNG or still with the seconds that each picture is shown."""
     with path.open("rb") as file, Image.open(file) as image:
         check_size(*image.size)
         cover = int(getattr(image, "default_image", False))  # of an APNG, not part of the clip
@@ -159,7 +160,8 @@ def decode_animation(path: Path) -> Iterator[tuple[Image.Image, Fraction]]:
             check_size(*image.size)  # a GIF's can grow
             image.load()  # Pillow knows the duration of a WebP's picture once it is decoded
             delay = image.info.get("duration") or 0
-            yield to_rgb(image), Fraction(delay if delay > 10 else 100) / 1000  # as browsers
+            shown = Fraction(delay if delay > 10 else 100) / 1000  # as browsers
+            yield to_rgb(ImageOps.exif_transpose(image)), shown
         file.seek(-1, os.SEEK_CUR)
         # Pillow takes a GIF that is cut off between two pictures for a short one
         if image.format == "GIF" and file.read(1) != b";":

@@ -1,4 +1,4 @@
-"""The two data sets: built-in shapes, drawn when asked for, and folders of clips, decoded once.
+"""The data sets: built-in shapes, drawn when asked for, and folders, decoded once; clips or stills.
 
 One function, `sample_frames`, cuts both (paper §3.2, FPS): it chooses a random part of a video,
 takes frames at equal distances, and tells how many of them make a second. Videos are (f, 3, h, w),
@@ -97,16 +97,17 @@ class ShapesDataset(ClipDataset):
     """Clips of one object that moves, grows or shrinks, drawn when asked for (ours).
 
     [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}; item i has caption i
-    modulo their number. The source video has 24 frames a second and lasts while the object is
+    modulo their number, those of `split` or those given. The source video has 24 frames a second and lasts while the object is
     inside. At 8 a second 8 frames show it travel at least 0.3 of the frame, or double or halve its
     area; for more `frames` it is slower. `rate_multiplier` 4 is the same clips at 96 frames a
     second.
     """
 
     def __init__(self, split: str = "train", frames: int = 8, size: int = 64, seed: int = 0,
-                 fps: float | None = None, length: int = 4800, rate_multiplier: int = 1):
+                 fps: float | None = None, length: int = 4800, rate_multiplier: int = 1,
+                 captions: list[str] | None = None):
         super().__init__(frames, size, seed, fps)
-        self.captions = shape_captions(split)
+        self.captions = captions or shape_captions(split)
         self.split = split
         self.length = length
         self.rate = 24 * rate_multiplier
@@ -145,11 +146,35 @@ class ShapesDataset(ClipDataset):
         x = margin + done if motion in ("moving left", "moving right") else x + 0 * done
         y = margin + done if motion in ("moving up", "moving down") else y + 0 * done
         sides = small * np.exp(done) if resizing else side + 0 * done
+        return {"video": self.draw(color, shape, x, y, sides), "caption": caption, "fps": fps}
+
+    def draw(self, color: str, shape: str, x, y, sides) -> torch.Tensor:
+        """Draw an object, (f, 3, h, w): its places x and y and its sides (f,) in frame widths."""
         x, y, sides = (np.float32(value * self.size) for value in (x, y, sides))  # in pixels
         coverage = draw_shape(shape, self.size, x, y, sides)
         contrast = np.float32(COLORS[color])[:, None, None] - np.float32(BACKGROUND)  # (3, 1, 1)
         video = (2 * BACKGROUND - 1) + 2 * contrast * coverage[:, None]  # (f, 3, h, w)
-        return {"video": torch.from_numpy(video), "caption": caption, "fps": fps}
+        return torch.from_numpy(video)
+
+
+class ShapePictures(ShapesDataset):
+    """Stills of the shapes, an object of any size anywhere: clips of one frame (ours).
+
+    Their 24 captions, "a {color} {shape}", say nothing of motion.
+    """
+
+    def __init__(self, split: str = "train", size: int = 64, seed: int = 0, length: int = 4800):
+        captions = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+        super().__init__(split, 1, size, seed, length=length, captions=captions)
+
+    def __getitem__(self, i: int) -> dict:
+        i = range(self.length)[i]
+        caption = self.captions[i % len(self.captions)]
+        rng = self.rng(i, self.split == "test", 1)  # 1: not those of the clips
+        side = rng.uniform(0.15, 0.55, size=1)
+        x, y = (rng.uniform(0.025 + side / 2, 0.975 - side / 2) for _ in range(2))
+        _, color, shape = caption.split(" ")
+        return {"video": self.draw(color, shape, x, y, side), "caption": caption, "fps": self.rate}
 
 
 def draw_shape(shape: str, size: int, x: np.ndarray, y: np.ndarray, side: np.ndarray) -> np.ndarray:
@@ -187,14 +212,17 @@ class ClipFolder(ClipDataset):
     shorter than `frames`, unless `skip_unusable` leaves them out.
     """
 
+    kind = "clips"
+
     def __init__(self, path: str | Path, frames: int, size: int, seed: int = 0,
                  fps: float | None = None, store: str | Path | None = None,
                  max_frames: int = MAX_FRAMES, skip_unusable: bool = False):
         super().__init__(frames, size, seed, fps)
+        stills = self.kind == "pictures"
         if max_frames < frames:
             raise InputError(f"--max-frames {max_frames}: a clip has {frames}; give more")
         path = Path(path)
-        found, others, passed_over = find_clips(path)
+        found, others, passed_over = find_clips(path, stills)
         captions, others, notes = read_captions(path, found, others)
         self.all_names = [clip.relative_to(path).as_posix() for clip in found]
         self.pixels, decoded, place = decode_once(path, found, size, store, max_frames)
@@ -203,23 +231,25 @@ class ClipFolder(ClipDataset):
         bad = [f"{name}: {clip.problem or f'{clip.total} of {frames} frames'}"
                for name, clip in zip(self.all_names, decoded) if clip.total < frames]
         if bad and not (skip_unusable and good):
-            raise InputError(f"{path}: {len(bad)} of {len(found)} clips cannot be used: "
-                             f"{'; '.join(bad)}; replace or remove them, lower --frames, or add "
+            shorter = "" if stills else ", lower --frames"
+            raise InputError(f"{path}: {len(bad)} of {len(found)} {self.kind} cannot be used: "
+                             f"{'; '.join(bad)}; replace or remove them{shorter}, or add "
                              f"--skip-unusable")
         self.names = [self.all_names[i] for i in good]
         self.captions = [captions[i] for i in good]
         self.clips = [decoded[i] for i in good]
 
         folders = sum(os.path.isdir(found[i]) for i in good)
-        self.notes = [f"{path}: {len(good)} clips ({folders} folders of pictures), decoded once to "
-                      f"{place} ({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files "
-                      f"passed over"]
+        of_those = "" if stills else f" ({folders} folders of pictures)"
+        self.notes = [f"{path}: {len(good)} {self.kind}{of_those}, decoded once to {place} "
+                      f"({self.pixels.nbytes / 1e9:.2f} GB); {len(others)} other files passed over"]
         if passed_over:
             self.notes[0] += f", and {len(passed_over)} hidden files or folders of runs"
         if bad:
-            self.notes[0] += f"; {len(bad)} clips left out"
+            self.notes[0] += f"; {len(bad)} {self.kind} left out"
         self.notes += [f"left out: {reason}" for reason in bad] + notes
-        if long := sum(clip.total == max_frames for clip in self.clips):
+        long = sum(clip.total == max_frames for clip in self.clips)
+        if long and not stills:
             self.notes.append(f"of {long} clips the first {max_frames} frames are used; "
                               f"--max-frames changes that")
         unread = [file for file in others if file.suffix.lower() in (".txt", ".parquet", *TABLES)]
@@ -271,20 +301,55 @@ class ClipFolder(ClipDataset):
                                  f"{len(self)} clips; name some of them, one a line")
         trained = self.subset([i for i in every if i not in held_out])
         if not held_out:
-            trained.notes = [*self.notes, f"{len(self)} clips are too few to hold one out: the "
-                             f"held-out loss and pictures are of the clips that are trained on"]
+            trained.notes = [*self.notes, f"{len(self)} {self.kind} are too few to hold one out: "
+                             f"the held-out loss and samples are of those that are trained on"]
         return trained, self.subset(sorted(held_out) or [*every])
+
+
+class PictureFolder(ClipFolder):
+    """Captioned stills of a folder, at any depth: clips of one frame (paper §3, image start).
+
+    Of an animation the first frame is read. All else is as for clips.
+    """
+
+    kind = "pictures"
+
+    def __init__(self, path: str | Path, size: int, seed: int = 0,
+                 store: str | Path | None = None, skip_unusable: bool = False):
+        super().__init__(path, 1, size, seed, store=store, max_frames=1,
+                         skip_unusable=skip_unusable)
 
 
 def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier: int = 1,
               held_out: str = "", **of_folder) -> tuple[ClipDataset, ClipDataset]:
     """Open "shapes" or a folder of clips -> clips to train on, and clips held out.
 
-    Of shapes those of split "test" are held out; of a folder see `ClipFolder` and its `split`.
+    Of shapes those of split "test" are held out, or the captions that the file `held_out` names; of
+    a folder see `ClipFolder` and its `split`.
     """
+    if name != "shapes":
+        return ClipFolder(name, frames, size, seed, **of_folder).split(held_out)
+    if os.path.isdir(name) and os.environ.get("RANK", "0") == "0":
+        print("--data shapes: the built-in shapes; for the folder of that name give ./shapes")
+    captions = {split: shape_captions(split) for split in ("train", "test")}
+    if held_out:
+        every = captions["train"] + captions["test"]
+        named = {line.strip() for line in read_text(Path(held_out)).split("\n")} - {""}
+        captions = {"train": [caption for caption in every if caption not in named],
+                    "test": [caption for caption in every if caption in named]}
+        if unknown := sorted(named - {*every}):
+            raise InputError(f"--held-out {held_out}: {unknown[0]!r:.100} is no caption of the "
+                             f"shapes; correct it")
+        if not 0 < len(named) < len(every):
+            raise InputError(f"--held-out {held_out}: names {len(named)} of {len(every)} captions; "
+                             f"name some of them, one a line")
+    return tuple(ShapesDataset(split, frames, size, seed, rate_multiplier=rate_multiplier,
+                               captions=captions[split]) for split in ("train", "test"))
+
+
+def open_pictures(name: str, size: int, seed: int = 0,
+                  **of_folder) -> tuple[ClipDataset, ClipDataset]:
+    """Open "shapes" or a folder of stills -> pictures to train on, and pictures held out."""
     if name == "shapes":
-        if os.path.isdir(name) and os.environ.get("RANK", "0") == "0":
-            print("--data shapes: the built-in shapes; for the folder of that name give ./shapes")
-        return (ShapesDataset("train", frames, size, seed, rate_multiplier=rate_multiplier),
-                ShapesDataset("test", frames, size, seed, rate_multiplier=rate_multiplier))
-    return ClipFolder(name, frames, size, seed, **of_folder).split(held_out)
+        return ShapePictures("train", size, seed), ShapePictures("test", size, seed)
+    return PictureFolder(name, size, seed, **of_folder).split()

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clip_files import (ANIMATIONS, VIDEOS, check_package, natural_key, numbered_images,
+from clip_files import (ANIMATIONS, STILLS, VIDEOS, check_package, natural_key, numbered_images,
                         read_clip)
 from runs import InputError, is_run, usable_cores
 
@@ -38,15 +38,17 @@ SAVE_SECONDS = 10  # of decoding, at most, are lost when a process is killed
 # Which files are clips
 
 
-def find_clips(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+def find_clips(folder: Path, stills: bool = False) -> tuple[list[Path], list[Path], list[Path]]:
     """List the clips of a folder at any depth, its other files, and what is passed over.
 
     Both are in natural order. Hidden files, folders of macOS, folders of runs, and folders that are
     linked twice are passed over. A subfolder that may not be read counts as a clip: its reading
-    says why. Raises InputError where there is no clip.
+    says why. With `stills` every picture counts, and nothing else. Raises InputError where there is
+    none.
     """
+    flag, kind = ("--images", "pictures") if stills else ("--data", "clips")
     if not os.path.isdir(folder):
-        raise InputError(f"--data {folder}: no such folder; name one that holds clips")
+        raise InputError(f"{flag} {folder}: no such folder; name one that holds {kind}")
     clips = []
     others = []
     passed_over = []
@@ -67,16 +69,16 @@ def find_clips(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
             is_hidden = entry.name.startswith(".") or entry.name == "__MACOSX"
             if is_hidden or is_folder and is_run(entry):
                 passed_over.append(entry)
-            elif is_folder and not is_numbered(entry):
+            elif is_folder and (stills or not is_numbered(entry)):
                 folders.append(entry)
-            elif is_folder or is_moving(entry):
+            elif is_folder or (is_still(entry) if stills else is_moving(entry)):
                 clips.append(entry)
             else:
                 others.append(entry)
     if not clips:
-        kinds = ", ".join(ANIMATIONS + VIDEOS)
-        raise InputError(f"--data {folder}: no clips in it; put {kinds} or folders of numbered "
-                         f"pictures there")
+        wanted = ", ".join(STILLS if stills else ANIMATIONS + VIDEOS)
+        wanted += "" if stills else " or folders of numbered pictures"
+        raise InputError(f"{flag} {folder}: no {kind} in it; put {wanted} there")
     return sorted(clips, key=natural_key), sorted(others, key=natural_key), passed_over
 
 
@@ -95,6 +97,12 @@ def is_moving(file: Path, if_damaged: bool = True) -> bool:
             return getattr(image, "is_animated", False)
     except Exception:  # its decoder will say what is wrong
         return if_damaged
+
+
+def is_still(file: Path) -> bool:
+    """Tell a picture from another file; of one that moves the first frame is read."""
+    is_file = os.path.isfile(file) or not os.path.exists(file)  # reading a broken link says so
+    return is_file and file.suffix.lower() in STILLS
 
 
 def is_numbered(folder: Path) -> bool:

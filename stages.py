@@ -11,6 +11,7 @@ Read `train.py` next: the loop that runs them.
 
 import re
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,9 @@ class Draw:
         return torch.randint(high, shape, generator=self.generator)[self.shard]
 
 
+Source = ClipDataset | list[dict]  # clips or stills, or the latents of their cuts
+
+
 class Batch(NamedTuple):
     """What a step reads: clips (b, f, c, h, w), pixels or latents, their captions and fps (b,)."""
 
@@ -68,6 +72,7 @@ class Stage(nn.Module):
     name = ""
     reads_latents = True
     starts_alone = False  # --stage NAME needs no --init-from
+    needs_clips = True  # pictures alone do not do
     done_by = None  # models that need this stage no more: "ours" or "Stable Diffusion"
     clip_frames = 0  # frames of a clip of the data set; 0 = the model's
     rate_multiplier = 1  # of the shapes' frame rate
@@ -95,21 +100,28 @@ class Stage(nn.Module):
         """Return the items of a step, of all processes, and how many of their frames it reads."""
         return self.s.batch_size, frames
 
-    def read(self, source: ClipDataset | list[dict], step: int, size: int, frames: int,
+    def is_picture_step(self, step: int) -> bool:
+        """Tell whether a step reads pictures alone."""
+        return False
+
+    def read(self, sources: list[Source], step: int, size: int, frames: int,
              shard: slice) -> tuple[Batch, Draw]:
         """Read a shard of the items of a step, and make its random numbers.
 
-        Every item comes once an epoch, and each epoch is shuffled anew.
+        Items come from the sources in turn. Every item of one comes once an epoch, and each epoch
+        is shuffled anew.
         """
         items = []
         orders = {}
-        for n in range(size)[shard]:
-            epoch, position = divmod(step * size + n, len(source))
-            if epoch not in orders:
-                orders[epoch] = torch.randperm(len(source), generator=self.generator(0, epoch))
+        for n in range(step * size, step * size + size)[shard]:
+            source = sources[n % len(sources)]
+            epoch, position = divmod(n // len(sources), len(source))
+            if (n % len(sources), epoch) not in orders:
+                order = torch.randperm(len(source), generator=self.generator(0, epoch))
+                orders[n % len(sources), epoch] = order
             if isinstance(source, ClipDataset):  # not latents
                 source.set_epoch(epoch)
-            items.append(source[int(orders[epoch][position])])
+            items.append(source[int(orders[n % len(sources), epoch][position])])
         draw = Draw(self.generator(1, step), size, shard)
         return self.batch(items, draw, frames), draw
 
@@ -123,9 +135,10 @@ class Stage(nn.Module):
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
         """Make a batch of items: of each clip `frames` frames in a row, as latents or as pixels."""
         clips = [item["z0"] if "z0" in item else item["video"] for item in items]
-        first = draw.integers(len(clips[0]) - frames + 1)
+        first = draw.integers(max(map(len, clips)) - frames + 1)
         weight = self.model.unet.conv_in.weight  # has the device and type of all inputs
-        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, first)]).to(weight)
+        starts = [int(i) % (len(clip) - frames + 1) for clip, i in zip(clips, first)]  # a still's 0
+        x = torch.stack([clip[i : i + frames] for clip, i in zip(clips, starts)]).to(weight)
         if self.reads_latents and "z0" not in items[0]:
             x = self.model.encode(x)
         fps = torch.tensor([item["fps"] for item in items], device=weight.device)
@@ -178,14 +191,16 @@ class Stage(nn.Module):
 class Vae(Stage):
     """The VideoVAE: reconstruction + KL (paper §3, VideoVAE; squared error, not LPIPS, is ours).
 
-    It sees single frames first, since the frames of a clip are nearly duplicates, and clips in its
-    last fifth, for the temporal layers (ours). An encoder from Stable Diffusion stays as it is,
-    since its latents must remain what the U-Net knows: then it sees clips alone.
+    It sees single frames first, since the frames of a clip are nearly duplicates, every other one a
+    picture where there are pictures; and clips in its last fifth, for the temporal layers (ours).
+    An encoder from Stable Diffusion stays as it is, since its latents must remain what the U-Net
+    knows: then it sees clips alone.
     """
 
     name = "vae"
     reads_latents = False
     starts_alone = True
+    needs_clips = False
     done_by = "ours"
 
     def __init__(self, model: MagicVideo, s):
@@ -233,20 +248,34 @@ class Vae(Stage):
         if self.trains_encoder():
             self.model.config.vae.scaling_factor = 1.0
             clips.set_epoch(0)
-            latents = [self.model.encode(item["video"][None]) for item in spread(clips, 64)]
+            latents = [self.model.encode(item["video"][None]) for item in spread([clips], 64)]
             self.model.config.vae.scaling_factor = float(1 / torch.cat(latents).std())
 
 
 class Video(Stage):
     """The whole U-Net on clips with their frame rate (paper §3.2).
 
-    The text encoder learns too, unless it is Stable Diffusion's (ours: the paper's is frozen).
+    The text encoder learns too, unless it is Stable Diffusion's (ours: the paper's is frozen). Some
+    steps train on pictures, so that nothing that only pictures show is forgotten (ours).
     """
 
     name = "video"
 
     def __init__(self, model: MagicVideo, s):
         super().__init__(model, s, model.unet, model.diffusion)
+
+    def plan_batch(self, step: int, frames: int) -> tuple[int, int]:
+        """Return --batch-size clips, or as many single frames as these have."""
+        return self.s.batch_size * self.model.config.unet.frames // frames, frames
+
+    def is_picture_step(self, step: int) -> bool:
+        """Tell whether a step reads pictures alone: one in --picture-every."""
+        return self.s.picture_every > 0 and step % self.s.picture_every == 0
+
+    def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
+        """Make a batch of clips with their fps, or of single frames, which have none."""
+        batch = super().batch(items, draw, frames)
+        return batch if frames > 1 else batch._replace(fps=None)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the U-Net's weights, and the text encoder's unless it is Stable Diffusion's."""
@@ -272,21 +301,26 @@ class Image(Video):
     """The U-Net's image part on single frames without fps, text to image (paper §3, image start).
 
     Frames are the first of their clips: with the causal mask the video model's first frame sees
-    itself alone (ours).
+    itself alone (ours). Where there are pictures, every other frame is one.
     """
 
     name = "image"
     done_by = "Stable Diffusion"
+    needs_clips = False
 
     def plan_batch(self, step: int, frames: int) -> tuple[int, int]:
         """Return as many single frames as a step of stage video has."""
-        return self.s.batch_size * frames, 1
+        return super().plan_batch(step, 1)
+
+    def is_picture_step(self, step: int) -> bool:
+        """Return False: every step reads both."""
+        return False
 
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
         """Make a batch of first frames."""
         key = "z0" if "z0" in items[0] else "video"
         firsts = [{**item, key: item[key][:1]} for item in items]
-        return super().batch(firsts, draw, frames)._replace(fps=None)
+        return super().batch(firsts, draw, frames)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return those of stage video that an image model has."""
@@ -356,14 +390,29 @@ STAGES = {stage.name: stage for stage in (Vae, Image, Video, Interpolate, Upscal
 BASE_STAGES = ("vae", "image", "video")  # of a run without --stage, in this order
 
 
-def spread(clips: ClipDataset, count: int) -> list[dict]:
-    """Return `count` items of a data set, spread over its captions; fewer if it has fewer."""
-    n = len(clips.captions)  # item i has caption i; of the shapes more items follow
-    return [clips[i * n // min(count, n)] for i in range(min(count, n))]
+def mix(clips: Source, pictures: Source | None, frames: int) -> list[Source]:
+    """Return what a step reads in turn: single frames come of clips and of pictures."""
+    return [clips, pictures] if pictures and frames == 1 else [clips]
+
+
+def spread(sources: list[ClipDataset], count: int) -> list[dict]:
+    """Return `count` items of data sets in turn, spread over their captions; fewer if there are."""
+    chosen = []
+    for source in sources:
+        n = len(source.captions)  # item i has caption i; of the shapes more items follow
+        share = min(max(count // len(sources), 1), n)
+        chosen.append([source[i * n // share] for i in range(share)])
+    return [item for items in zip_longest(*chosen) for item in items if item]
 
 
 def encode_clips(model: MagicVideo, clips: ClipDataset, count: int) -> list[dict]:
-    """Encode `count` cuts of clips once to {"z0", "caption", "fps"}; processes share the work."""
+    """Encode cuts of clips once to {"z0", "caption", "fps"}; processes share the work.
+
+    Every clip is cut at least once, and again until there are `count`; a still is encoded once.
+    """
+    count = max(count, len(clips.captions))
+    if clips.frames == 1:
+        count = min(count, len(clips))
     rank, processes = process_rank(), process_count()
     items = []
     for n in tqdm(range(rank, count, processes), "encoding", leave=False, disable=rank > 0 or None):

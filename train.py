@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of torch.distributed
@@ -27,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from clip_files import film_strip, write_clip
-from data import ClipDataset, open_data
+from data import ClipDataset, ClipFolder, open_data, open_pictures
 from magicvideo import PRESETS, MagicVideo
 from runs import (BINS, EMA, InputError, append_log, autocast, build_optimizers, claim_folder,
                   join_processes, leave_processes, load_checkpoint, lowest_held_out_loss,
                   pick_device, plot_losses, process_count, process_rank, read_log, run_command,
                   save_checkpoint, set_learning_rates, start_processes, stop_signals, usable_cores)
-from stages import BASE_STAGES, STAGES, Draw, Stage, encode_clips, spread
+from stages import BASE_STAGES, STAGES, Draw, Source, Stage, encode_clips, mix, spread
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -70,6 +71,8 @@ class Settings:
     precision: str = flag("fp32", "fp32, or bf16 with weights in float32")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     data: str = flag("shapes", 'folder of clips, or "shapes"')
+    images: str = flag("", 'folder of captioned pictures, or "shapes", beside the clips')
+    picture_every: int = flag(4, "with --images: every n-th step of stage video is on pictures")
     skip_unusable: bool = flag(False, "leave out clips that are damaged or too short")
     max_frames: int = flag(1000, "frames read of each clip, from its start")
     held_out: str = flag("", "file that names the clips held out (default: every tenth)")
@@ -99,14 +102,32 @@ PRESET_SETTINGS = {
 # The loop
 
 
-def train_stage(stage: Stage, clips: ClipDataset, latents: list[dict], held_out: ClipDataset,
-                out: Path, resumed: dict | None = None) -> None:
+class Data(NamedTuple):
+    """What a run reads: clips, and pictures where there are; some of each are held out."""
+
+    clips: ClipDataset
+    held_out: ClipDataset
+    pictures: ClipDataset | None = None
+    held_out_pictures: ClipDataset | None = None
+
+    def trained(self) -> list[ClipDataset]:
+        """Return clips, and pictures where there are."""
+        return [source for source in (self.clips, self.pictures) if source]
+
+    def names(self) -> list[str]:
+        """List the files that are trained on; of the shapes there are none."""
+        return [name for source in self.trained() for name in getattr(source, "names", [])]
+
+
+def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Path,
+                resumed: dict | None = None) -> None:
     """Train one stage (paper §3) and leave the moving average of the weights in the model.
 
-    It trains on `latents` of cuts of the clips where there are some, else on the clips. Stopped by
+    It trains on `latents` of clips and of pictures where there are some, else on these. Stopped by
     a signal it finishes the step, saves, and raises KeyboardInterrupt.
     """
     s = stage.s
+    clips, pictures = latents or (data.clips, data.pictures)
     device = stage.model.device
     optimizers, average = make_optimizers_and_average(stage, resumed)
     compute_loss = stage
@@ -119,11 +140,16 @@ def train_stage(stage: Stage, clips: ClipDataset, latents: list[dict], held_out:
     with stop_signals() as stop:
         for step in bar:
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, stage.steps, s.warmup)
-            size, frames = stage.plan_batch(step, clips.frames)
+            if pictures and stage.is_picture_step(step):
+                sources = [pictures]
+                size, frames = stage.plan_batch(step, 1)
+            else:
+                size, frames = stage.plan_batch(step, data.clips.frames)
+                sources = mix(clips, pictures, frames)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             bins = torch.zeros(2, BINS).double()
             for shard in micro_batches(size, s.accumulate):
-                batch, draw = stage.read(latents or clips, step, size, frames, shard)
+                batch, draw = stage.read(sources, step, size, frames, shard)
                 share = len(batch.clips) * process_count() / size  # of what this process reads
                 with autocast(device, s.precision):
                     errors, t = compute_loss(batch, draw)  # (b,)
@@ -149,19 +175,18 @@ def train_stage(stage: Stage, clips: ClipDataset, latents: list[dict], held_out:
                        "seconds": f"{time.time() - started:.2f}", **describe_bins(bins)}
                 if s.sample_every and (done == stage.steps or done % s.sample_every == 0):
                     with average.applied():
-                        row["held_out_loss"] = f"{held_out_loss(stage, held_out, step):.6f}"
-                        draw_picture(out / "samples" / f"{stage.name}-{done:06d}.png", stage,
-                                     held_out)
+                        row["held_out_loss"] = f"{held_out_loss(stage, data, step):.6f}"
+                        draw_picture(out / "samples" / f"{stage.name}-{done:06d}.png", stage, data)
                 with record(out / "log.csv"):
                     append_log(out / "log.csv", row)
                 if done == stage.steps or total[1] or done % s.save_every == 0:
-                    save_run(out, stage, done, optimizers, average, clips)
+                    save_run(out, stage, done, optimizers, average, data)
             if total[1]:
                 if process_count() > 1:
                     dist.all_reduce(total)  # waits for the save: torchrun ends all after the first
                 raise KeyboardInterrupt
     average.copy_to_weights()
-    stage.finish(clips)
+    stage.finish(data.clips)
 
 
 def micro_batches(size: int, count: int) -> list[slice]:
@@ -217,17 +242,17 @@ def describe_bins(bins: Tensor) -> dict[str, str]:
             for i, (error, weight) in enumerate(bins.T.tolist())}
 
 
-HELD_OUT = 24  # clips of the held-out loss: one for each held-out caption of the shapes
+HELD_OUT = 24  # items of the held-out loss: one for each held-out caption of the shapes
 
 
 @torch.no_grad()
-def held_out_loss(stage: Stage, held_out: ClipDataset, step: int) -> float:
-    """Compute the loss of clips never trained on, with the same noise every time.
+def held_out_loss(stage: Stage, data: Data, step: int) -> float:
+    """Compute the loss of what is never trained on, with the same noise every time.
 
     They come in micro-batches no larger than those of a step, which fit in memory.
     """
-    items = spread(held_out, HELD_OUT)
-    size, frames = stage.plan_batch(step, held_out.frames)
+    size, frames = stage.plan_batch(step, data.clips.frames)
+    items = spread(mix(data.held_out, data.held_out_pictures, frames), HELD_OUT)
     at_once = len(range(size)[micro_batches(size, stage.s.accumulate)[0]])
     total = 0.0
     for i in range(0, len(items), at_once):
@@ -241,9 +266,9 @@ def held_out_loss(stage: Stage, held_out: ClipDataset, step: int) -> float:
 
 
 @torch.no_grad()
-def draw_picture(path: Path, stage: Stage, held_out: ClipDataset) -> None:
+def draw_picture(path: Path, stage: Stage, data: Data) -> None:
     """Write a picture of how far the stage is."""
-    rows = stage.picture(spread(held_out, 4))  # (n, f, 3, h, w)
+    rows = stage.picture(spread([data.held_out], 4))  # (n, f, 3, h, w)
     write_clip(path, film_strip(rows)[None], fps=1)
 
 
@@ -257,17 +282,17 @@ def record(path: Path):
 
 
 def save_run(out: Path, stage: Stage, step: int, optimizers: list, average: EMA,
-             clips: ClipDataset) -> None:
+             data: Data) -> None:
     """Write checkpoint.pt, from which the run goes on, and model.pt, as if the stage ended here."""
     model = stage.model
     save_checkpoint(out / "checkpoint.pt", {
         "format": "magicvideo-training", "settings": json.dumps(asdict(stage.s)),
-        "clips": getattr(clips, "names", []), "stage": stage.name, "step": step,
+        "clips": data.names(), "stage": stage.name, "step": step,
         "model": model.state(), "network": stage.network.state_dict(), "ema": average.shadow,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     scaling_factor = model.config.vae.scaling_factor
     with average.applied():
-        stage.finish(clips)
+        stage.finish(data.clips)
         model.save(out / "model.pt")
     model.config.vae.scaling_factor = scaling_factor
     with record(out / "loss.png"):
@@ -315,11 +340,14 @@ def check(s: Settings) -> None:
     if s.held_out and not Path(s.held_out).is_file():
         raise InputError(f"--held-out {s.held_out}: no such file; give a file with one clip name "
                          f"per line")
-    if s.stage and not STAGES[s.stage].starts_alone and not s.init_from:
+    if not s.data and (not s.stage or STAGES[s.stage].needs_clips):
+        raise InputError(f"--images {s.images}: pictures do not move; add --data FOLDER of clips, "
+                         f"or --stage image for a model of pictures alone")
+    if s.stage and s.data and not STAGES[s.stage].starts_alone and not s.init_from:
         raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
 
 
-CAN_CHANGE = ("data", "held_out", "frame_store", "save_every", "sample_every")  # at --resume
+CAN_CHANGE = ("data", "images", "held_out", "frame_store", "save_every", "sample_every")  # at --resume
 
 
 def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
@@ -348,8 +376,10 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     if path := overrides.get("init_from"):
         model = MagicVideo.load(path, frames=overrides.get("frames") or None)
         overrides = {"preset": model.config.preset, **overrides}
-    elif overrides.get("data", "shapes") != "shapes":
+    elif {overrides.get("data", "shapes"), overrides.get("images", "shapes")} != {"shapes"}:
         overrides = {"preset": "laptop", **overrides}
+    if overrides.get("images", "shapes") != "shapes":
+        overrides = {"data": "", **overrides}
     s = Settings(**{**PRESET_SETTINGS.get(overrides.get("preset"), {}), **overrides})
     check(s)
     return s, model
@@ -359,7 +389,10 @@ def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
     """Return the stages to run: that of --stage, or the three that a start has not behind it."""
     start = "Stable Diffusion" if pretrained else "ours" if s.init_from else "scratch"
     stages = []
-    for name in [s.stage] if s.stage else BASE_STAGES:
+    names = [s.stage] if s.stage else BASE_STAGES
+    if not s.data and not s.init_from:  # stage image of pictures alone needs a VideoVAE
+        names = BASE_STAGES[: BASE_STAGES.index(s.stage) + 1]
+    for name in names:
         stage = STAGES[name]
         if stage.done_by == start and not s.stage:
             if process_rank() == 0:
@@ -373,7 +406,7 @@ def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
 
 
 def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
-    """Shorten the stages for fewer than 1,000 clips, to a quarter at least, and say so (ours).
+    """Shorten the stages for fewer than 1,000 items, to a quarter at least, and say so (ours).
 
     Ten clips do not need the hours of thousands. A number of steps that a flag gives stays.
     """
@@ -382,7 +415,7 @@ def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
              if name not in overrides]
     if share < 1 and names and process_rank() == 0:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
-        print(f"{count} clips, fewer than 1,000: {share:.0%} of the preset's {flags}")
+        print(f"{count} clips and pictures, fewer than 1,000: {share:.0%} of the preset's {flags}")
     return replace(s, **{name: round(share * getattr(s, name)) for name in names})
 
 
@@ -409,16 +442,27 @@ def fit_batch(s: Settings, overrides: dict, count: int) -> Settings:
     return replace(s, batch_size=parts)
 
 
-def describe(model: MagicVideo, clips: ClipDataset, held_out: ClipDataset) -> None:
-    """Print what was read of a folder of clips and of their captions."""
-    held_out_captions = held_out.captions if held_out.names != clips.names else []  # one or two
-    captions = [caption for caption in clips.captions + held_out_captions if caption]
-    missing = len(clips) + len(held_out_captions) - len(captions)
+def describe(model: MagicVideo, folder: ClipFolder, held_out: ClipFolder) -> None:
+    """Print what was read of a folder of clips or pictures and of their captions."""
+    held_out_captions = held_out.captions if held_out.names != folder.names else []  # one or two
+    captions = [caption for caption in folder.captions + held_out_captions if caption]
+    missing = len(folder) + len(held_out_captions) - len(captions)
     length = model.config.text.context_length
     cut = sum(len(model.tokenizer.encode(caption)) > length - 2 for caption in captions)
-    print(*clips.notes, sep="\n")
+    print(*folder.notes, sep="\n")
     print(f"captions: {missing} missing, {len(captions) - len({*captions})} the same as another, "
-          f"{cut} cut at {length} tokens; {len(held_out_captions)} clips held out")
+          f"{cut} cut at {length} tokens; {len(held_out_captions)} {folder.kind} held out")
+
+
+def open_all(s: Settings, frames: int, size: int, rate_multiplier: int) -> Data:
+    """Open the clips and the pictures of a run; pictures alone take the clips' place."""
+    of_folder = {"store": s.frame_store, "skip_unusable": s.skip_unusable}
+    pictures = open_pictures(s.images, size, s.seed, **of_folder) if s.images else ()
+    if not s.data:
+        return Data(*pictures)
+    clips = open_data(s.data, frames, size, s.seed, rate_multiplier, s.held_out,
+                      max_frames=s.max_frames, **of_folder)
+    return Data(*clips, *pictures)
 
 
 def new_model(s: Settings, captions: list[str]) -> MagicVideo:
@@ -449,8 +493,7 @@ def estimate_minutes(stage: Stage, clips: ClipDataset) -> float:
     return (time.time() - started) * len(shards) * stage.steps / 60
 
 
-def train(stages: list[Stage], clips: ClipDataset, held_out: ClipDataset, out: Path,
-          resumed: dict | None) -> None:
+def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> None:
     """Train the stages of a run, write its model, and say where everything is."""
     say = print if process_rank() == 0 else lambda text: None
     started = time.time()
@@ -462,7 +505,7 @@ def train(stages: list[Stage], clips: ClipDataset, held_out: ClipDataset, out: P
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     minutes = {}
     if not resumed and sum(stage.steps for stage in stages) > 100:
-        minutes = {stage.name: estimate_minutes(stage, clips) for stage in stages}
+        minutes = {stage.name: estimate_minutes(stage, data.clips) for stage in stages}
         longest = max(minutes, key=minutes.get)
         say(f"about {sum(minutes.values()):.0f} minutes on this machine; fewer --{longest}-steps "
             f"make it shorter")
@@ -471,15 +514,16 @@ def train(stages: list[Stage], clips: ClipDataset, held_out: ClipDataset, out: P
         if minutes:
             say(f"stage {stage.name}: about {minutes[stage.name]:.1f} minutes")
         if s.cache and not latents and stage.reads_latents:
-            latents = encode_clips(model, clips, max(s.cache, len(clips.captions)))
-        train_stage(stage, clips, latents if stage.reads_latents else [], held_out, out, resumed)
+            latents = [encode_clips(model, source, s.cache) if source else None
+                       for source in (data.clips, data.pictures)]
+        train_stage(stage, data, latents if stage.reads_latents else [], out, resumed)
         resumed = None
     if process_rank() == 0:
         model.save(out / "model.pt")
         if lowest := lowest_held_out_loss(out / "log.csv", stage.name):
             say(f"stage {stage.name}: the held-out loss was lowest at step {lowest}")
     pictures = f", pictures in {out}/samples" if (out / "samples").is_dir() else ""
-    prompt = min(filter(None, clips.captions), key=len, default="")[:200]
+    prompt = min(filter(None, data.clips.captions), key=len, default="")[:200]
     say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in "
         f"{out}/log.csv\nnext: python sample.py {shlex.quote(prompt)} --checkpoint "
         f"{shlex.quote(str(out))}/model.pt")
@@ -511,25 +555,25 @@ def main(arguments: list[str], script: str | None = None) -> None:
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
         count = flags.ranks or count_processes(s, classes, frames)
     s = fit_batch(s, overrides, count)
-    clips, held_out = open_data(
-        s.data, frames, config.size * classes[-1].scale, s.seed, classes[-1].rate_multiplier,
-        s.held_out, store=s.frame_store, max_frames=s.max_frames, skip_unusable=s.skip_unusable)
-    if resumed and resumed["clips"] != getattr(clips, "names", []):
+    data = open_all(s, frames, config.size * classes[-1].scale, classes[-1].rate_multiplier)
+    if resumed and resumed["clips"] != data.names():
         raise InputError(f"--data {s.data}: these are not the clips this run started with; name a "
                          f"folder with the same")
     if not resumed and s.data != "shapes":
-        s = scale_steps(s, overrides, len(clips))
+        s = scale_steps(s, overrides, sum(map(len, data.trained())))
     torch.manual_seed(s.seed)
-    model = (model or new_model(s, clips.captions)).train()
+    captions = [caption for source in data.trained() for caption in source.captions]
+    model = (model or new_model(s, captions)).train()
     stages = [stage(model, s) for stage in classes]
     for stage in stages:
         stage.chosen()  # raises InputError before the first stage for what the last one lacks
     log = None
     processes = []
     if process_rank() == 0:
-        if s.data != "shapes":
-            describe(model, clips, held_out)
-        out, log = claim_folder(flags.out, Path(s.data).resolve().name)
+        for folder, held_out in zip(data[::2], data[1::2]):
+            if isinstance(folder, ClipFolder):
+                describe(model, folder, held_out)
+        out, log = claim_folder(flags.out, Path(s.data or s.images).resolve().name)
         if not resumed:
             log.truncate(0)  # of a run that was killed before its first checkpoint
     try:
@@ -538,7 +582,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
         device = join_processes(device, processes)
         for stage in stages:
             stage.to(device)
-        train(stages, clips, held_out, out, resumed)
+        train(stages, data, out, resumed)
     except KeyboardInterrupt:
         saved = (out / "checkpoint.pt").exists()
         command = f"go on with: python train.py --resume --out {shlex.quote(str(out))}"

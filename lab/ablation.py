@@ -1,116 +1,261 @@
-"""Test the paper's claims at small scale, by short trainings that differ in one thing (ours).
+"""Test the paper's claims at small scale, by trainings that differ in one thing (ours).
 
-    start       stage image, then video; or stage video for as many steps    (paper §3)
-    adaptors    with and without                                             (paper §3.2.1)
-    branches    spatial and temporal; spatial alone; temporal alone          (ablation figure)
+    pictures    looks from pictures, motion from clips                       (paper §3, image start)
+    objective   the paper's: noise predicted, frames equally noisy; or ours  (§3.2, tiny.py)
     masks       strict, literal, bidirectional                               (§3.2.2, unet3d.py)
+    adaptors    with, without; and without anything that tells frames apart  (paper §3.2.1)
+    branches    spatial and temporal; spatial alone; temporal alone          (ablation figure)
+    start       stage image, then video; or stage video for as many steps    (paper §3)
     flicker     VideoVAE with and without its temporal layers                (paper, VideoVAE)
 
-A part that is not trained stays at its start, where it has no effect. Runs are those of train.py
-and are kept: a command that was stopped goes on with the run that it was at.
+Every variant starts from the same new model with the VideoVAE of the shipped one. A part that is
+not trained stays at its start, where it has no effect. Runs are those of train.py and are kept: a
+command that was stopped goes on with the run that it was at, and several commands with other
+--seeds or --variants can share the work.
 """
 
 import argparse
-import csv
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from lab.results import check_ranges, report, run_command  # before torch: sets how threads wait
+from lab.results import check_ranges, mean_interval, report, run_command  # before torch: sets how threads wait
 
 import torch
 
 import train
+from clip_files import film_strip, write_clip
+from data import COLORS, MOTIONS, SHAPES
 from lab import evaluate
-from lab.judge import LABELS
+from lab.judge import LABELS, balanced_prompts, count, judge
 from magicvideo import MagicVideo
+from runs import InputError, read_log
 from sample import SHIPPED
 
+MOVING_COLORS = ("red", "green", "blue", "white")  # of the clips of claim "pictures"
+
+
+def literal(model: MagicVideo) -> None:
+    """Mask as the paper writes it, after the softmax."""
+    model.config.unet.mask = "literal"
+
+
+def bidirectional(model: MagicVideo) -> None:
+    """Let every frame see all others."""
+    model.config.unet.mask = "bidirectional"
+
+
+def equal_noise(model: MagicVideo) -> None:
+    """Train and sample by the paper's objective and Stable Diffusion's schedule."""
+    model.config.staggered = False
+
+
+def equal_noise_v(model: MagicVideo) -> None:
+    """Predict v, all frames equally noisy, on Stable Diffusion's schedule."""
+    model.config.staggered, model.config.v_prediction = False, True
+
+
+def no_spatial_effect(model: MagicVideo) -> None:
+    """Take the effect of the spatial branch away, which must not be trained then."""
+    for name, p in model.unet.named_parameters():
+        if ".proj_out." in name:
+            torch.nn.init.zeros_(p)
+
+
+class Variant(NamedTuple):
+    """What one training does otherwise than the others of its claim."""
+
+    alter: tuple[Callable[[MagicVideo], None], ...] = ()  # the new model
+    alter_video: tuple[Callable[[MagicVideo], None], ...] = ()  # the model that stage image made
+    has_image_stage: bool = True  # else stage video has its steps too
+    video: tuple[str, ...] = ()  # flags of stage video
+
+
+def frozen(names: str) -> tuple[str, str]:
+    """Return the flags that train all weights but those whose names match."""
+    return "--trainable", f"^(?!.*({names}))"
+
+
+BOTH = (bidirectional, equal_noise)
 CLAIMS = {
-    "start": ("all parts", "from scratch"),
-    "adaptors": ("all parts", "without adaptors"),
-    "branches": ("all parts", "spatial alone", "temporal alone"),
-    "masks": ("all parts", "literal", "bidirectional"),
-    "flicker": ("temporal layers", "without temporal layers"),
+    "pictures": {
+        "pictures mixed in": Variant(),
+        "stage image, then video": Variant(video=("--picture-every", "0")),
+        "the same, text encoder frozen": Variant(
+            video=("--picture-every", "0", *frozen("^text_encoder"))),
+        "mixed in, text encoder frozen": Variant(video=frozen("^text_encoder")),
+        "the same, new parts alone": Variant(
+            video=("--picture-every", "0", "--trainable", "adaptor|temporal|fps")),
+        "stage video alone": Variant(has_image_stage=False, video=("--picture-every", "0")),
+    },
+    "objective": {
+        "the paper's": Variant(alter=(equal_noise,)),
+        "v, equally noisy": Variant(alter=(equal_noise_v,)),
+        "v, staggered (tiny.py)": Variant(),
+    },
+    "masks": {
+        "strict": Variant(), "literal": Variant(alter=(literal,)),
+        "bidirectional": Variant(alter=(bidirectional,)),
+        "strict, paper's objective": Variant(alter=(equal_noise,)),
+        "literal, paper's objective": Variant(alter=(literal, equal_noise)),
+        "bidirectional, paper's objective": Variant(alter=BOTH),
+    },
+    "adaptors": {
+        "with": Variant(), "without": Variant(video=frozen("adaptor")),
+        "without, nothing tells frames apart": Variant(alter=BOTH, video=frozen("adaptor")),
+    },
+    "branches": {
+        "both": Variant(), "spatial alone": Variant(video=frozen("temporal")),
+        "temporal alone": Variant(alter_video=(no_spatial_effect,),
+                                  video=frozen(r"\.attentions\.")),
+    },
+    "start": {"stage image, then video": Variant(),
+              "stage video alone": Variant(has_image_stage=False)},
+    "flicker": {"temporal layers": Variant(),
+                "without temporal layers": Variant(video=frozen("temporal"))},
 }
-UNTRAINED = {"without adaptors": "adaptor", "spatial alone": "temporal",
-             "temporal alone": r"\.attentions\.", "without temporal layers": "temporal"}
 
 
-def train_once(folder: Path, variant: str, *flags) -> MagicVideo:
-    """Train a variant in `folder` with flags of train.py, or go on, or take what is there."""
+def train_once(folder: Path, *flags) -> MagicVideo:
+    """Train in `folder` with flags of train.py, or go on, or take what is there."""
     if not (folder / "done").exists():
-        flags = [*map(str, flags), "--cache", "400", "--sample-every", str(10**9)]
-        if variant in UNTRAINED:
-            flags += ["--trainable", f"^(?!.*{UNTRAINED[variant]})"]
+        flags = [*map(str, flags), "--cache", "1800", "--sample-every", str(10**9)]
         is_stopped = (folder / "checkpoint.pt").exists()
         train.main(["--out", str(folder), *(["--resume"] if is_stopped else flags)])
         (folder / "done").touch()
     return MagicVideo.load(folder)
 
 
-def fresh_model(seed: int) -> MagicVideo:
+def new_model(seed: int, variant: Variant) -> MagicVideo:
     """Build a model with the VideoVAE of the shipped one and all other weights new."""
     trained = MagicVideo.load(SHIPPED)
     torch.manual_seed(seed)
     model = MagicVideo(trained.config, trained.tokenizer)
     model.vae = trained.vae
+    for alter in variant.alter:
+        alter(model)
     return model
 
 
-def alter(model: MagicVideo, variant: str) -> MagicVideo:
-    """Give a model another mask, or take its spatial branch's effect away (ablation figure)."""
-    if variant in ("literal", "bidirectional"):
-        model.config.unet.mask = variant  # in effect when the model is loaded again
-    for name, p in model.unet.named_parameters():
-        if variant == "temporal alone" and ".proj_out." in name:
-            torch.nn.init.zeros_(p)
-    return model
+def train_variant(variant: Variant, name: str, seed: int, out: Path, data: list[str],
+                  flags: argparse.Namespace) -> MagicVideo:
+    """Train a variant by stages image and video; variants share what they have in common."""
+    folder = out / f"{name}-{seed}".replace(" ", "-")
+    start = Path(f"{folder}.pt")
+    common = [*data, "--seed", seed]
+    steps = flags.steps
+    if variant.has_image_stage:
+        kind = "-".join(["image", *(alter.__name__ for alter in variant.alter), str(seed)])
+        image_start = out / f"{kind}.pt"
+        image_start.parent.mkdir(parents=True, exist_ok=True)
+        if not image_start.exists():
+            new_model(seed, variant).save(image_start)
+        model = train_once(out / kind, "--stage", "image", "--init-from", image_start,
+                           "--image-steps", flags.image_steps, *common)
+    else:
+        model = new_model(seed, variant)
+        steps += flags.image_steps  # a step of stage image sees as many frames
+    if not (folder / "done").exists():
+        for alter in variant.alter_video:
+            alter(model)
+        model.save(start)
+    return train_once(folder, "--stage", "video", "--init-from", start, "--video-steps", steps,
+                      *variant.video, *common)
 
 
-def measure(variant: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
-    """Train a variant and measure it on held-out captions."""
-    folder = out / f"{variant} {seed}".replace(" ", "-")
-    options = argparse.Namespace(split="test", seeds=1, clips=240, seed=0, steps=25, guidance=None,
-                                 fps=8.0, data="shapes", out=folder)
-    if flags.claim == "flicker":
-        model = train_once(folder, variant, "--stage", "vae", "--seed", seed, "--vae-steps",
-                           flags.steps)
+def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: str) -> dict:
+    """Sample a clip of each caption, and count which words are right."""
+    options = argparse.Namespace(steps=20, guidance=None, seed=0)
+    videos = evaluate.sample_prompts(model, captions, options, 8.0)
+    write_clip(folder / f"{name}.png", film_strip(videos[:24])[None], fps=1)
+    return count(captions, [judge(video) for video in videos])
+
+
+def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
+    """Train a variant and count, for each group of captions, which words are right."""
+    variant = CLAIMS[claim][name]
+    folder = out / f"{name}-{seed}".replace(" ", "-")
+    if claim == "flicker":
+        model = train_once(folder, "--stage", "vae", "--seed", seed, "--vae-steps", flags.steps,
+                           *variant.video)
+        options = argparse.Namespace(data="shapes", clips=240, seed=0)
         return {row["name"]: row["PSNR"] for row in evaluate.reconstruction(model, options)["rows"]}
+    if claim != "pictures":
+        model = train_variant(variant, name, seed, out, [], flags)
+        loss = float(read_log(folder / "log.csv")[-1]["held_out_loss"])
+        prompts = balanced_prompts("test") * 3
+        return {"held-out captions": judge_captions(model, prompts, folder, "held-out"),
+                "held-out loss": loss}
+    captions = {"colors of clips": [], "colors of pictures alone": []}
+    for color in COLORS:
+        group = captions["colors of clips" if color in MOVING_COLORS else "colors of pictures alone"]
+        group += [f"a {color} {shape} {motion}" for shape in SHAPES for motion in MOTIONS]
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = [*captions["colors of pictures alone"],
+                *(c for c in balanced_prompts("test") if c.split()[1] in MOVING_COLORS)]
+    (out / "held_out.txt").write_text("\n".join(held_out))
+    data = ["--images", "shapes", "--data", "shapes", "--held-out", out / "held_out.txt"]
+    model = train_variant(variant, name, seed, out, data, flags)
+    return {group: judge_captions(model, prompts, folder, group.replace(" ", "-"))
+            for group, prompts in captions.items()}
 
-    start = out / f"start-{seed}.pt"
-    fresh_model(seed).save(start)
-    steps = flags.image_steps + flags.steps  # a step of stage image sees as many frames
-    if variant != "from scratch":
-        image = train_once(out / f"image-{seed}", "", "--stage", "image", "--init-from", start,
-                           "--image-steps", flags.image_steps, "--seed", seed)
-        alter(image, variant).save(start)
-        steps = flags.steps
-    model = train_once(folder, variant, "--stage", "video", "--init-from", start, "--video-steps",
-                       steps, "--seed", seed)
-    counts = evaluate.prompt_accuracy(model, options)["counts"]["held-out captions"]
-    with open(folder / "log.csv", newline="") as file:
-        *_, last = csv.DictReader(file)
-    return {"held-out loss": float(last["held_out_loss"]),
-            **{label: counts[key][0] / counts[key][1] for key, label in LABELS.items()}}
+
+def tables(measured: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Make a table for each group of captions: means over the seeds, in %, with 95 % intervals.
+
+    The last column is the difference in "all three" to the first variant, paired by seed.
+    """
+    made = {}
+    first = next(iter(measured.values()))
+    for group in first[0]:
+        made[group] = []
+        for name, of_seeds in measured.items():
+            row = {group: name}
+            if isinstance(first[0][group], float):
+                row["mean"] = describe_mean([found[group] for found in of_seeds])
+                made[group].append(row)
+                continue
+            percent = {key: [100 * found[group][key][0] / found[group][key][1]
+                             for found in of_seeds] for key in LABELS}
+            for key in LABELS:
+                row[key] = describe_mean(percent[key])
+            key = "all three"
+            base = [100 * found[group][key][0] / found[group][key][1] for found in first]
+            row["by seed"] = " ".join(f"{value:.0f}" for value in percent[key])
+            row["to the first"] = describe_mean([a - b for a, b in zip(percent[key], base)])
+            made[group].append(row)
+    return made
+
+
+def describe_mean(values: list[float]) -> str:
+    """Write a mean with its 95 % interval, where there are values enough for one."""
+    mean, low, high = mean_interval(values)
+    digits = 0 if max(map(abs, values)) > 2 else 4
+    return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if high > low else "")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure all variants of a claim with all seeds, and print their means."""
+    """Measure variants of a claim with several seeds, and print their counts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("claim", choices=CLAIMS)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every variant (3)")
-    parser.add_argument("--image-steps", type=int, default=150, help="of stage image (150)")
-    parser.add_argument("--steps", type=int, default=150, help="of the stage that differs (150)")
+    parser.add_argument("--variants", nargs="+", help="some of the claim's (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--image-steps", type=int, default=100, help="of stage image (100)")
+    parser.add_argument("--steps", type=int, default=900, help="of the stage that differs (900)")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
-    check_ranges(flags, seeds=(1, 1000), image_steps=(1, 10**9), steps=(1, 10**9))
-    out = Path(flags.out) / f"{flags.image_steps}-{flags.steps}"  # other lengths are other runs
-    rows = []
-    for variant in CLAIMS[flags.claim]:
-        measured = [measure(variant, seed, out, flags) for seed in range(flags.seeds)]
-        means = {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
-        for seed, found in [*enumerate(measured), ("mean", means)]:
-            rows.append({flags.claim: variant, "seed": seed, **found})
-    report(out / f"{flags.claim}.json", flags, {"rows": rows})
+    check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9))
+    variants = flags.variants or [*CLAIMS[flags.claim]]
+    for name in variants:
+        if name not in CLAIMS[flags.claim]:
+            known = ", ".join(f'"{variant}"' for variant in CLAIMS[flags.claim])
+            raise InputError(f'--variants "{name}": use some of {known}')
+    kind = "pictures-" if flags.claim == "pictures" else ""
+    out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}"  # other lengths, other runs
+    measured = {name: [measure(flags.claim, name, seed, out, flags) for seed in flags.seeds]
+                for name in variants}
+    numbers = out / f"{flags.claim}-{'-'.join(map(str, flags.seeds))}.json"
+    report(numbers, flags, {**tables(measured), "measured": measured})
 
 
 if __name__ == "__main__":

@@ -46,6 +46,17 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """Return the mean of a few values and its 95 % interval, by Student's t; of one, no interval."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, mean, mean
+    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(n, 10) - 2]
+    half = t * (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5
+    return mean, mean - half, mean + half
+
+
 def commit() -> str | None:
     """Return the commit of this code, "-dirty" if files have changed; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -30,7 +30,7 @@ def make(name, **settings):
 def read(stage, clips, step=0, size=4):
     """Read a whole batch, as many frames as the stage does in that step."""
     _, frames = stage.plan_batch(step, clips.frames)
-    return stage.read(clips, step, size, frames, slice(None))
+    return stage.read([clips], step, size, frames, slice(None))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,12 +55,12 @@ def test_every_item_comes_up_once_an_epoch_in_a_new_order():
     stage, _ = make("video")
     items = [{"z0": torch.zeros(1, 1, 1, 1), "caption": str(n), "fps": 8.0} for n in range(10)]
     seen = [int(caption) for step in range(6)
-            for caption in stage.read(items, step, 5, 1, slice(None))[0].captions]
+            for caption in stage.read([items], step, 5, 1, slice(None))[0].captions]
     epochs = [seen[i : i + 10] for i in range(0, 30, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = STAGES["image"](stage.model, Settings())
-    assert seen[:5] != [int(c) for c in other.read(items, 0, 5, 1, slice(None))[0].captions]
+    assert seen[:5] != [int(c) for c in other.read([items], 0, 5, 1, slice(None))[0].captions]
 
 
 def test_clips_of_later_epochs_are_cut_anew():
@@ -81,7 +81,7 @@ def test_stage_image_reads_first_frames_without_fps_and_stage_video_whole_clips(
         for key in ("z0", "video"):
             items = [{key: torch.arange(4.0).view(4, 1, 1, 1), "caption": "", "fps": 8.0}] * 20
             stage.reads_latents = key == "z0"
-            kept, _ = stage.read(items, 0, 20, frames, slice(None))
+            kept, _ = stage.read([items], 0, 20, frames, slice(None))
             assert kept.clips.flatten(1).tolist() == [[0.0, 1.0, 2.0, 3.0][:frames]] * 20
 
 
@@ -101,7 +101,7 @@ def test_stage_vae_reads_single_frames_and_in_its_last_fifth_clips_of_as_many_fr
 def test_single_frames_of_stage_vae_come_from_anywhere_in_a_clip():
     stage, _ = make("vae")
     items = [{"video": torch.arange(4.0).view(4, 1, 1, 1), "caption": "", "fps": 8.0}] * 60
-    batch, _ = stage.read(items, 0, 60, 1, slice(None))
+    batch, _ = stage.read([items], 0, 60, 1, slice(None))
     assert {*batch.clips.flatten().tolist()} == {0.0, 1.0, 2.0, 3.0}
 
 
@@ -116,11 +116,11 @@ def test_captions_are_dropped_as_often_as_asked(monkeypatch):
 
 def test_what_is_chosen_from_a_data_set_is_spread_over_its_captions():
     for split, count in (("train", 64), ("test", 24)):
-        captions = [item["caption"] for item in spread(ShapesDataset(split, 2, 16), count)]
+        captions = [item["caption"] for item in spread([ShapesDataset(split, 2, 16)], count)]
         words = {word for caption in captions for word in caption.split()}
         assert len({*captions}) == count
         assert words == {w for c in ShapesDataset(split).captions for w in c.split()}
-    assert [item["caption"] for item in spread(ShapesDataset("test", 2, 16), 4)] == [
+    assert [item["caption"] for item in spread([ShapesDataset("test", 2, 16)], 4)] == [
         ShapesDataset("test").captions[i] for i in (0, 6, 12, 18)]
 
 
@@ -144,7 +144,7 @@ def test_latents_and_clips_are_read_alike():
     for item in items:
         del item["video"]
     batch, _ = read(stage, clips)
-    kept, _ = stage.read(items, 0, 4, 4, slice(None))
+    kept, _ = stage.read([items], 0, 4, 4, slice(None))
     assert kept.captions == batch.captions and close(kept.clips, batch.clips, 1e-6)
     assert isinstance(clips, ClipDataset) and torch.equal(kept.fps, batch.fps)
 
@@ -298,7 +298,7 @@ def test_one_clip_can_be_memorized():
 def test_every_stage_draws_a_picture_of_held_out_clips(name, shape):
     stage, _ = make(name)
     clips = ShapesDataset("test", stage.clip_frames or 4, 32 * stage.scale)
-    items = spread(clips, 4)
+    items = spread([clips], 4)
     with torch.no_grad():
         rows = stage.picture(items)
     assert rows.shape == shape and rows.abs().max() <= 1 + 1e-6
@@ -312,7 +312,7 @@ def test_every_stage_draws_a_picture_of_held_out_clips(name, shape):
 def test_stage_vae_hands_on_latents_of_standard_deviation_one_and_others_no_scale():
     stage, clips = make("vae")
     stage.finish(clips)
-    z = torch.cat([stage.model.encode(item["video"][None]) for item in spread(clips, 64)])
+    z = torch.cat([stage.model.encode(item["video"][None]) for item in spread([clips], 64)])
     assert z.std().item() == pytest.approx(1, abs=1e-4)
     for name, settings in (("vae", {"trainable": "decoder"}), ("video", {})):
         stage, clips = make(name, **settings)

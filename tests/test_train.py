@@ -145,7 +145,7 @@ def test_model_pt_written_in_the_middle_of_stage_vae_has_its_measured_scale(monk
     assert len(seen) == 3 and 0.18215 not in seen
     model = MagicVideo.load("vae")
     clips = ShapesDataset("train", 4, 32)
-    z = torch.cat([model.encode(item["video"][None]) for item in stages.spread(clips, 64)])
+    z = torch.cat([model.encode(item["video"][None]) for item in stages.spread([clips], 64)])
     assert z.std().item() == pytest.approx(1, abs=0.05)
 
 
@@ -321,7 +321,7 @@ def test_a_model_of_other_frames_is_refused_and_data_is_cut_to_the_models(monkey
     with pytest.raises(InputError, match="--frames 6.*makes 4"):
         train.main([*SHORT, "--init-from", str(whole), "--frames", "6"])
     seen = []
-    monkeypatch.setattr(train, "train_stage", lambda stage, clips, *_: seen.append(clips.frames))
+    monkeypatch.setattr(train, "train_stage", lambda stage, data, *_: seen.append(data.clips.frames))
     train.main([*SHORT, "--init-from", str(whole), "--out", "run"])
     assert seen == [4, 4]
 
@@ -369,7 +369,8 @@ def make_stage(name, **settings):
 def train_it(stage, clips, out="run"):
     log = Path(out)
     log.mkdir(exist_ok=True)
-    train.train_stage(stage, clips, [], ShapesDataset("test", 4, 32), log)
+    data = train.Data(clips, ShapesDataset("test", 4, 32))
+    train.train_stage(stage, data, [], log)
 
 
 def test_the_moving_average_is_what_a_stage_leaves_what_model_pt_holds_and_what_is_judged(
@@ -445,7 +446,7 @@ def test_the_held_out_loss_is_the_mean_of_24_clips_in_micro_batches_of_a_steps_s
         forward = stage.forward
         stage.forward = lambda batch, draw, forward=forward: sizes.append(
             len(batch.clips)) or forward(batch, draw)
-        losses.append(train.held_out_loss(stage, held_out, 0))
+        losses.append(train.held_out_loss(stage, train.Data(clips, held_out), 0))
     assert sizes == [24] + 8 * [3]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
