@@ -47,6 +47,7 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="prompt i takes seed + i (0)")
     parser.add_argument("--interpolate", action="store_true", help="f frames become 4 f - 3")
     parser.add_argument("--upscale", action="store_true", help="four times as high and as wide")
+    parser.add_argument("--picture", action="store_true", help="single pictures, text to image")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     flags = parser.parse_args(arguments)
     suffix = Path(flags.out).suffix.lower()
@@ -62,6 +63,8 @@ def read_flags(arguments: list[str] | None) -> argparse.Namespace:
                 with_network = " with --interpolate" if flags.interpolate else ""
                 raise InputError(f"--fps {value}: give {low} to {high} for {suffix}{with_network}")
             raise InputError(f"--{name} {value}: give {low} to {high}")
+    if flags.picture and flags.interpolate:
+        raise InputError("--interpolate: needs clips; leave out --picture")
     if flags.sampler not in SAMPLERS:
         raise InputError(f'--sampler "{flags.sampler}": use {" or ".join(SAMPLERS)}')
     return flags
@@ -92,9 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.interpolate and model.config.unet.frames < 2:
         raise InputError("--interpolate: this model makes single frames; use one of two or more")
 
-    latents = model.sample(flags.prompts, flags.fps, flags.steps, flags.guidance, flags.sampler,
+    fps = None if flags.picture else flags.fps
+    latents = model.sample(flags.prompts, fps, flags.steps, flags.guidance, flags.sampler,
                            flags.seed, decode=False)
-    fps = flags.fps
     if flags.interpolate or flags.upscale:
         import cascade
         with torch.no_grad():
@@ -106,9 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     clips = model.decode(latents)
     if flags.upscale:
         clips = cascade.build(model, "upscale").sample(clips, context, seed=flags.seed)
-    write_clip(flags.out, grid(clips.cpu()), fps)
+    write_clip(flags.out, grid(clips.cpu()), fps or 1)
     b, f, _, h, w = clips.shape
-    print(f"wrote {flags.out}: {b} clip{'s' * (b > 1)} of {f} frames, {w} x {h}, in "
+    print(f"wrote {flags.out}: {b} clip{'s' * (b > 1)} of {f} frame{'s' * (f > 1)}, {w} x {h}, in "
           f"{time.time() - started:.1f} s")
 
 

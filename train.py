@@ -524,9 +524,10 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
             say(f"stage {stage.name}: the held-out loss was lowest at step {lowest}")
     pictures = f", pictures in {out}/samples" if (out / "samples").is_dir() else ""
     prompt = min(filter(None, data.clips.captions), key=len, default="")[:200]
+    kind = "" if s.data else " --picture --out picture.png"  # a model of pictures alone
     say(f"done in {(time.time() - started) / 60:.1f} minutes: {out}/model.pt{pictures}, losses in "
         f"{out}/log.csv\nnext: python sample.py {shlex.quote(prompt)} --checkpoint "
-        f"{shlex.quote(str(out))}/model.pt")
+        f"{shlex.quote(str(out))}/model.pt{kind}")
 
 
 def main(arguments: list[str], script: str | None = None) -> None:

@@ -82,8 +82,8 @@ CLAIMS = {
         "pictures mixed in": Variant(),
         "stage image, then video": Variant(video=("--picture-every", "0")),
         "the same, text encoder frozen": Variant(
-            video=("--picture-every", "0", *frozen("^text_encoder"))),
-        "mixed in, text encoder frozen": Variant(video=frozen("^text_encoder")),
+            video=("--picture-every", "0", *frozen("text_encoder"))),
+        "mixed in, text encoder frozen": Variant(video=frozen("text_encoder")),
         "the same, new parts alone": Variant(
             video=("--picture-every", "0", "--trainable", "adaptor|temporal|fps")),
         "stage video alone": Variant(has_image_stage=False, video=("--picture-every", "0")),
@@ -212,7 +212,7 @@ def tables(measured: dict[str, list[dict]]) -> dict[str, list[dict]]:
         for name, of_seeds in measured.items():
             row = {group: name}
             if isinstance(first[0][group], float):
-                row["mean"] = describe_mean([found[group] for found in of_seeds])
+                row["mean"] = describe_mean([found[group] for found in of_seeds], digits=4)
                 made[group].append(row)
                 continue
             percent = {key: [100 * found[group][key][0] / found[group][key][1]
@@ -227,10 +227,9 @@ def tables(measured: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return made
 
 
-def describe_mean(values: list[float]) -> str:
+def describe_mean(values: list[float], digits: int = 0) -> str:
     """Write a mean with its 95 % interval, where there are values enough for one."""
     mean, low, high = mean_interval(values)
-    digits = 0 if max(map(abs, values)) > 2 else 4
     return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if high > low else "")
 
 

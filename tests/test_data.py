@@ -12,8 +12,8 @@ from PIL import Image
 import data
 import lab.animations
 from clip_files import read_clip
-from data import (COLORS, MOTIONS, SHAPES, ClipFolder, ShapesDataset, open_data, sample_frames,
-                  shape_captions)
+from data import (COLORS, MOTIONS, SHAPES, ClipFolder, PictureFolder, ShapesDataset, open_data,
+                  open_pictures, sample_frames, shape_captions)
 from runs import InputError
 from test_folders import folder_of, refused, video  # noqa: F401
 
@@ -229,6 +229,87 @@ def test_one_or_two_clips_are_all_trained_on_which_a_note_says(tmp_path, video, 
     assert rest.names == [names[i] for i in held_out]
     assert train.names == (names if count < 3 else [n for n in names if n not in rest.names])
     assert any("too few to hold one out" in note for note in train.notes) == (count < 3)
+
+
+def test_pictures_of_the_shapes_are_one_object_anywhere_without_a_word_of_motion():
+    pictures, held_out = open_pictures("shapes", 32)
+    assert {*pictures.captions} == {f"a {c} {s}" for c in COLORS for s in SHAPES}
+    assert pictures[3]["caption"] == pictures.captions[3] == held_out[3]["caption"]
+    assert pictures[3]["video"].shape == (1, 3, 32, 32)
+    assert not torch.equal(pictures[3]["video"], held_out[3]["video"])
+    places, sides = [], []
+    for i in range(0, 240, 3):  # circles
+        mask = pictures[i]["video"][0].max(0).values > 0
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert 0 < rows.min() and rows.max() < 31 and 0 < columns.min() and columns.max() < 31
+        places.append((rows.float().mean().item(), columns.float().mean().item()))
+        sides.append(int(rows.max() - rows.min()))
+    assert max(sides) > 2 * min(sides)
+    for along in zip(*places):
+        assert min(along) < 10 and max(along) > 21
+
+
+def test_every_picture_of_a_folder_is_one_and_of_animations_the_first_frame(tmp_path, video):
+    folder_of(tmp_path, video, "moving.webp", "deep/moving.gif", "deep/film.png")
+    for n, suffix in enumerate((".png", ".jpg", ".webp", ".bmp", ".gif")):
+        Image.new("RGB", (20, 10), (250, 0, 0)).save(tmp_path / f"deep/{n}{suffix}")
+        (tmp_path / f"deep/{n}.txt").write_text(f"number {n}")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "printed.jpg")
+    (tmp_path / "film.mp4").write_text("not read")
+    pictures = PictureFolder(tmp_path, 32)
+    items = {name: item for name, item in zip(pictures.names, pictures)}
+    assert len(items) == 9 and "9 pictures, decoded" in pictures.notes[0]
+    assert "1 other files passed over" in pictures.notes[0] and len(pictures.notes) == 1
+    for n, suffix in enumerate((".png", ".jpg", ".webp", ".bmp", ".gif")):
+        assert items[f"deep/{n}{suffix}"]["caption"] == f"number {n}"
+    for name in ("deep/0.png", "deep/1.jpg", "printed.jpg"):
+        red = items[name]["video"].mean((0, 2, 3))
+        assert items[name]["video"].shape == (1, 3, 32, 32) and red[0] > 0.9 and red[1] < -0.9
+    first = ClipFolder(tmp_path, 2, 32, skip_unusable=True)
+    clip = first.pixels[first.clips[first.names.index("moving.webp")].start]
+    assert np.array_equal(pictures.pixels[pictures.clips[pictures.names.index("moving.webp")].start],
+                          clip)
+    trained, held_out = open_pictures(str(tmp_path), 32)
+    assert len(trained) == 8 and len(held_out) == 1
+
+
+def test_photographs_stand_upright(tmp_path):
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half, which is the right one
+    exif = Image.Exif()
+    exif[0x112] = 6
+    turned.save(tmp_path / "photo.png", exif=exif)
+    frame = PictureFolder(tmp_path, 8)[0]["video"][0, 0]
+    assert frame[:, 5:].min() > 0.9 and frame[:, :3].max() < -0.9
+
+
+def test_pictures_that_cannot_be_used_are_refused_as_clips_are(tmp_path, video):
+    with pytest.raises(InputError, match="--images .*nowhere: no such folder"):
+        PictureFolder(tmp_path / "nowhere", 8)
+    with pytest.raises(InputError, match="--images .*: no pictures in it; put .png, .jpg"):
+        PictureFolder(tmp_path, 8)
+    (tmp_path / "a.jpg").write_bytes(b"damaged")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match="2 of 3 pictures cannot be used: a.jpg: .*; c.png: ") as e:
+        PictureFolder(tmp_path, 8)
+    assert "--skip-unusable" in str(e.value) and "--frames" not in str(e.value)
+    kept = PictureFolder(tmp_path, 8, skip_unusable=True)
+    assert kept.names == ["b.png"] and "; 2 pictures left out" in kept.notes[0]
+
+
+def test_captions_of_the_shapes_that_a_file_names_are_held_out(tmp_path):
+    file = tmp_path / "held_out.txt"
+    file.write_text("a red circle growing\n\na blue square moving up \n")
+    train, held_out = open_data("shapes", 2, 8, held_out=str(file))
+    assert {*held_out.captions} == {"a red circle growing", "a blue square moving up"}
+    assert len(train.captions) == 142 and not {*train.captions} & {*held_out.captions}
+    assert held_out[1]["caption"] == held_out.captions[1]
+    for text, words in (("a pink circle growing", "'a pink circle growing' is no caption"),
+                        ("", "names 0 of 144 captions")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=words):
+            open_data("shapes", 2, 8, held_out=str(file))
 
 
 def test_a_folder_named_shapes_is_spoken_of_and_read_under_its_path(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ClipFolder, ShapesDataset
+from data import ClipFolder, ShapesDataset, open_data
 from runs import InputError
 from lab import ablation, animations, benchmark, evaluate, fvd, results
 from lab.judge import balanced_prompts, confusions, count, judge, wilson
@@ -240,14 +240,33 @@ def test_a_mistake_ends_a_command_with_one_line_and_status_2():
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_claim_is_measured_for_every_variant_and_seed(tmp_path, monkeypatch):
+def test_a_claim_is_measured_for_every_variant_and_seed_and_compared_seed_by_seed(
+        tmp_path, monkeypatch, capsys):
     trained = []
-    monkeypatch.setattr(ablation, "measure", lambda variant, seed, out, flags: (
-        trained.append((variant, seed)) or {"held-out loss": float(seed)}))
-    ablation.main(["masks", "--seeds", "2", "--out", str(tmp_path)])
-    assert trained == [(v, s) for v in ablation.CLAIMS["masks"] for s in range(2)]
-    rows = json.loads(next(tmp_path.rglob("masks.json")).read_text())["rows"]
-    assert [row["held-out loss"] for row in rows if row["seed"] == "mean"] == [0.5] * 3
+
+    def measure(claim, name, seed, out, flags):
+        trained.append((name, seed))
+        right = {"strict": 6, "literal": 4, "bidirectional": 5}.get(name, 0) + seed
+        return {"held-out captions": {key: (right, 10) for key in ablation.LABELS},
+                "held-out loss": 0.5 + seed}
+
+    monkeypatch.setattr(ablation, "measure", measure)
+    flags = ["masks", "--seeds", "0", "1", "--variants", "strict", "literal"]
+    ablation.main([*flags, "--out", str(tmp_path)])
+    assert trained == [(v, s) for v in ("strict", "literal") for s in (0, 1)]
+    found = json.loads(next(tmp_path.rglob("masks-0-1.json")).read_text())
+    strict, literal = found["held-out captions"]
+    assert strict["by seed"] == "60 70" and strict["to the first"] == "0"
+    assert literal["all three"].startswith("45 [") and literal["to the first"] == "-20"
+    assert found["held-out loss"][0]["mean"].startswith("1.0000 [")
+    with pytest.raises(InputError, match='--variants "both": use some of "strict", "literal"'):
+        ablation.main(["masks", "--variants", "both"])
+
+
+def test_the_mean_of_seeds_has_students_interval():
+    assert results.mean_interval([3.0]) == (3.0, 3.0, 3.0)
+    mean, low, high = results.mean_interval([1.0, 2.0, 3.0])
+    assert (low, mean, high) == pytest.approx((2 - 4.303 / 3**0.5, 2, 2 + 4.303 / 3**0.5))
 
 
 def test_a_stopped_run_goes_on_and_a_finished_one_is_not_made_again(model, tmp_path, monkeypatch):
@@ -262,37 +281,73 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_not_made_again(model, tmp_p
 
     monkeypatch.setattr(ablation.train, "main", train)
     with pytest.raises(InputError):
-        ablation.train_once(tmp_path, "spatial alone", "--stage", "video")
+        ablation.train_once(tmp_path, "--stage", "video", *ablation.frozen("temporal"))
     for _ in range(2):
-        ablation.train_once(tmp_path, "spatial alone", "--stage", "video")
+        ablation.train_once(tmp_path, "--stage", "video", *ablation.frozen("temporal"))
     assert len(commands) == 2 and commands[1] == ["--out", str(tmp_path), "--resume"]
-    assert commands[0][-1] == "^(?!.*temporal)" and "--stage" in commands[0]
+    assert "^(?!.*(temporal))" in commands[0] and "--stage" in commands[0]
 
 
 def test_variants_differ_in_what_they_are_about_alone(tmp_path):
-    whole = ablation.fresh_model(0)
-    for name, p in whole.named_parameters():  # no part without effect
-        if "temporal" in name or "adaptor" in name:
-            torch.nn.init.normal_(p, std=0.2)
-    whole.save(tmp_path / "whole.pt")
-    other = ablation.fresh_model(1).state_dict()
-    assert torch.equal(other["vae.quant_conv.weight"], whole.vae.quant_conv.weight)
-    assert not torch.equal(other["unet.conv_in.weight"], whole.unet.conv_in.weight)
-
-    def output(variant):
-        path = tmp_path / "variant.pt"
-        ablation.alter(MagicVideo.load(tmp_path / "whole.pt"), variant).save(path)
+    def output(alter, diffusion):
+        model = ablation.new_model(0, ablation.Variant(alter))
+        torch.manual_seed(1)
+        for name, p in model.unet.named_parameters():
+            if "temporal" in name or "adaptor" in name:  # no part without effect
+                torch.nn.init.normal_(p, std=0.2)
+        ablation.no_spatial_effect(model) if no_spatial else None
+        model.save(tmp_path / "variant.pt")
+        altered = MagicVideo.load(tmp_path / "variant.pt")
+        assert type(altered.diffusion).__name__ == diffusion
         z = torch.randn(1, 8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        altered = MagicVideo.load(path)
         context = altered.encode_text(["a red circle growing"])
         with torch.no_grad():
             return altered.unet(z, torch.tensor([500]), context, torch.tensor([8.0]))
 
-    outputs = [output(v) for v in ("all parts", "literal", "bidirectional", "temporal alone")]
-    assert torch.equal(output("spatial alone"), outputs[0])  # --trainable makes the difference
+    no_spatial = False
+    new = [ablation.new_model(seed, ablation.Variant()) for seed in (0, 0, 1)]
+    weights = [model.state_dict() for model in new]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["unet.conv_in.weight"], weights[2]["unet.conv_in.weight"])
+    assert torch.equal(weights[0]["vae.quant_conv.weight"], weights[2]["vae.quant_conv.weight"])
+    outputs = [output(alter, "StaggeredDiffusion")
+               for alter in ((), (ablation.literal,), (ablation.bidirectional,))]
+    no_spatial = True
+    outputs.append(output((), "StaggeredDiffusion"))
+    no_spatial = False
+    assert torch.equal(outputs[0], output((ablation.equal_noise,), "Diffusion"))
+    assert torch.equal(outputs[0], output((ablation.equal_noise_v,), "VPrediction"))
     for i in range(4):
         for j in range(i):
             assert not torch.equal(outputs[i], outputs[j])
+
+
+def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_path, monkeypatch):
+    trained = []
+
+    def train_once(folder, *flags):
+        trained.append([str(flag) for flag in flags])
+        return ablation.new_model(0, ablation.Variant())
+
+    monkeypatch.setattr(ablation, "train_once", train_once)
+    monkeypatch.setattr(ablation, "judge_captions", lambda model, captions, *_: captions)
+    flags = ["--image-steps", "2", "--steps", "3", "--out", str(tmp_path)]
+    found = []
+    monkeypatch.setattr(ablation, "tables", lambda measured: found.append(measured) or {})
+    ablation.main(["pictures", *flags, "--seeds", "0", "--variants", "pictures mixed in",
+                   "stage video alone", "the same, text encoder frozen"])
+    (mixed,), (alone,), _ = found[0].values()
+    assert mixed == alone and [len(captions) for captions in mixed.values()] == [72, 72]
+    moving, still = ({c.split()[1] for c in captions} for captions in mixed.values())
+    assert moving == {"red", "green", "blue", "white"} and len(moving | still) == 8
+    image, video, long, again, frozen = trained
+    assert image[:2] == ["--stage", "image"] and image == again
+    assert "3" == video[video.index("--video-steps") + 1]
+    assert "5" == long[long.index("--video-steps") + 1] and "--picture-every" in long
+    assert "^(?!.*(text_encoder))" in frozen
+    held_out = Path(video[video.index("--held-out") + 1]).read_text().split("\n")
+    trains, _ = open_data("shapes", 2, 8, held_out=video[video.index("--held-out") + 1])
+    assert len(held_out) == 84 and {c.split()[1] for c in trains.captions} == moving
 
 
 # --------------------------------------------------------------------------------------------------

@@ -147,6 +147,7 @@ def test_where_nothing_can_be_written_is_known_before_and_a_link_is_followed(mod
     ("--sampler euler", "euler.*ddim or ddpm"),
     ("--out folder.gif", "folder.gif: cannot be written .*directory.*choose another"),
     ("--out file/a.gif", "file/a.gif: cannot be written"),
+    ("--picture --interpolate", "--interpolate: needs clips; leave out --picture"),
     (f"--out {'a' * 252}.gif", "aaa.gif: cannot be written .*too long"),
 ])
 def test_wrong_flags_are_one_line_before_the_model_is_loaded(flags, words, monkeypatch):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from conftest import close, tinier
-from data import ClipDataset, ShapesDataset
+from data import ClipDataset, ShapePictures, ShapesDataset
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
 from runs import InputError, set_learning_rates
-from stages import STAGES, Draw, encode_clips, spread
+from stages import STAGES, Draw, encode_clips, mix, spread
 from train import Settings, make_optimizers_and_average
 from unet3d import UNet3D, UNetConfig, is_video_parameter
 
@@ -98,6 +98,51 @@ def test_stage_vae_reads_single_frames_and_in_its_last_fifth_clips_of_as_many_fr
     assert read(stage, clips)[0].clips.shape == (4, 1, 3, 32, 32)
 
 
+def test_single_frames_come_of_clips_and_of_pictures_in_turn_and_whole_clips_alone():
+    clips = [{"z0": torch.arange(4.0).view(4, 1, 1, 1), "caption": f"c{n}", "fps": 8.0}
+             for n in range(5)]
+    pictures = [{"z0": torch.full((1, 1, 1, 1), 9.0), "caption": f"p{n}", "fps": 8.0}
+                for n in range(3)]
+    for name, frames, found in (("image", 1, {0.0, 9.0}), ("vae", 1, {0.0, 1.0, 2.0, 3.0, 9.0}),
+                                ("video", 4, {0.0, 1.0, 2.0, 3.0})):
+        stage, _ = make(name)
+        sources = mix(clips, pictures, frames)
+        assert sources == ([clips, pictures] if frames == 1 else [clips])
+        read = [stage.read(sources, step, 10, frames, slice(None))[0] for step in range(3)]
+        captions = [caption for batch in read for caption in batch.captions]
+        assert {*torch.cat([batch.clips for batch in read]).flatten().tolist()} == found
+        if frames == 1:
+            assert [caption[0] for caption in captions] == ["c", "p"] * 15
+            assert sorted(captions[:10:2]) == [f"c{n}" for n in range(5)]  # once an epoch
+            assert sorted(captions[1:6:2]) == [f"p{n}" for n in range(3)]
+            halves = [stage.read(sources, 2, 10, frames, slice(rank, None, 2))[0].captions
+                      for rank in (0, 1)]
+            assert [c for pair in zip(*halves) for c in pair] == captions[20:]
+    assert mix(clips, None, 1) == [clips]
+
+
+def test_one_step_in_four_of_stage_video_is_on_as_many_pictures_as_clips_have_frames():
+    stage, clips = make("video", picture_every=4)
+    assert [stage.is_picture_step(step) for step in range(6)] == [True, False, False, False, True,
+                                                                  False]
+    assert stage.plan_batch(0, 1) == (128, 1) and stage.plan_batch(1, 4) == (32, 4)
+    batch, draw = stage.read([clips], 0, 4, 1, slice(None))
+    assert batch.fps is None and batch.clips.shape[:2] == (4, 1)
+    stage(batch, draw)[0].mean().backward()
+    assert stage.network.conv_in.weight.grad.abs().sum() > 0
+    assert not make("image", picture_every=1)[0].is_picture_step(0)
+    assert not make("video", picture_every=0)[0].is_picture_step(0)
+
+
+def test_a_picture_is_encoded_once_and_a_clip_as_often_as_it_is_cut():
+    stage, _ = make("video")
+    pictures = ShapePictures(size=32, length=3)
+    pictures.captions = pictures.captions[:3]
+    assert [item["caption"] for item in encode_clips(stage.model, pictures, 7)] == pictures.captions
+    clips = ShapesDataset(frames=4, size=32, length=2, captions=["a red circle growing"] * 2)
+    assert len(encode_clips(stage.model, clips, 1)) == 2
+
+
 def test_single_frames_of_stage_vae_come_from_anywhere_in_a_clip():
     stage, _ = make("vae")
     items = [{"video": torch.arange(4.0).view(4, 1, 1, 1), "caption": "", "fps": 8.0}] * 60
@@ -127,6 +172,7 @@ def test_what_is_chosen_from_a_data_set_is_spread_over_its_captions():
 def test_latents_kept_are_the_scaled_means_of_the_clips_each_epoch_cut_anew():
     stage, _ = make("video")
     clips = ShapesDataset(frames=4, size=32, length=3)
+    clips.captions = clips.captions[:3]
     kept = encode_clips(stage.model, clips, 7)
     assert len(kept) == 7 and not torch.equal(kept[0]["z0"], kept[3]["z0"])
     for n in range(7):

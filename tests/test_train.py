@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import cascade
 import runs
+import sample
 import stages
 import train
 from clip_files import write_clip
@@ -302,6 +304,76 @@ def test_a_stage_trains_its_own_parts_and_no_others(capsys):
     assert not any(key.startswith("vae.") for key in by_video)
     assert sum(is_video_parameter(key) for key in by_video) > 30
     assert sum(key.startswith("unet.") and not is_video_parameter(key) for key in by_video) > 100
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of captioned stills."""
+    (tmp_path / "pictures").mkdir()
+    for n in range(12):
+        Image.new("RGB", (32, 32), (20 * n, 0, 0)).save(tmp_path / f"pictures/{n}.jpg")
+        (tmp_path / f"pictures/{n}.txt").write_text(f"red number {n}")
+    return tmp_path / "pictures"
+
+
+def test_pictures_train_stages_vae_and_image_and_every_fourth_step_of_stage_video(
+        pictures, monkeypatch, capsys):
+    seen = []
+    read = stages.Stage.read
+
+    def spy(self, *arguments):
+        batch, draw = read(self, *arguments)
+        seen.append((self.name, ["number" in caption for caption in batch.captions]))
+        return batch, draw
+
+    monkeypatch.setattr(stages.Stage, "read", spy)
+    steps = ["--vae-steps", "5", "--image-steps", "2", "--video-steps", "5"]
+    train.main([*SHORT, "--images", "pictures", "--data", "shapes", "--out", "run", *steps])
+    said = capsys.readouterr().out
+    assert "pictures: 12 pictures, decoded once" in said and "1 pictures held out" in said
+    mixed, pictured, moving = [False, True] * 4, [True] * 8, [False] * 2
+    assert seen == [("vae", mixed)] * 4 + [("vae", moving)] + [("image", mixed)] * 2 + [
+        ("video", pictured), *[("video", moving)] * 3, ("video", pictured)]
+    assert "preset laptop" in said
+    tokenizer = MagicVideo.load("run").tokenizer
+    assert [len(tokenizer.encode(word)) for word in ("number", "growing")] == [1, 1]
+
+
+def test_a_run_with_pictures_goes_on_exactly_and_with_no_others(pictures, monkeypatch):
+    flags = [*SHORT, "--images", "pictures", "--data", "shapes", "--save-every", "1"]
+    train.main([*flags, "--out", "undisturbed"])
+    append_log = train.append_log
+
+    def stop(path, row):
+        append_log(path, row)
+        if (row["stage"], row["step"]) == ("video", 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "append_log", stop)
+    with pytest.raises(InputError, match="go on with"):
+        train.main([*flags, "--out", "run"])
+    monkeypatch.setattr(train, "append_log", append_log)
+    (pictures / "3.jpg").rename("3.jpg")
+    with pytest.raises(InputError, match="not the clips this run started with"):
+        train.main(["--resume", "--out", "run", "--device", "cpu"])
+    Path("3.jpg").rename(pictures / "3.jpg")
+    train.main(["--resume", "--out", "run", "--device", "cpu"])
+    assert equal(weights("undisturbed"), weights("run"))
+
+
+def test_pictures_alone_make_a_model_of_pictures(pictures, capsys):
+    train.main([*SHORT, "--images", "pictures", "--stage", "image", "--out", "run"])
+    assert [r["stage"] for r in rows("run")] == ["vae"] * 2 + ["image"] * 2
+    assert capsys.readouterr().out.strip().endswith("run/model.pt --picture --out picture.png")
+    sample.main(["red number 3", "--checkpoint", "run", "--picture", "--steps", "2",
+                 "--out", "picture.png"])
+    with Image.open("picture.png") as picture:
+        assert picture.size == (32, 32) and not getattr(picture, "is_animated", False)
+    train.main([*SHORT, "--images", "pictures", "--stage", "image", "--init-from", "run"])
+    assert [r["stage"] for r in rows("runs/pictures")] == ["image"] * 2
+    for stage in ([], ["--stage", "video"], ["--stage", "interpolate"]):
+        with pytest.raises(InputError, match="--images pictures: .*add --data FOLDER"):
+            train.main([*SHORT, "--images", "pictures", *stage])
 
 
 def test_a_start_from_a_model_keeps_its_vae_and_its_presets_settings(monkeypatch, whole, capsys):
