@@ -96,11 +96,11 @@ def shape_captions(split: str) -> list[str]:
 class ShapesDataset(ClipDataset):
     """Clips of one object that moves, grows or shrinks, drawn when asked for (ours).
 
-    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}; item i has caption i
-    modulo their number, those of `split` or those given. The source video has 24 frames a second and lasts while the object is
-    inside. At 8 a second 8 frames show it travel at least 0.3 of the frame, or double or halve its
-    area; for more `frames` it is slower. `rate_multiplier` 4 is the same clips at 96 frames a
-    second.
+    [i] -> {"video": (f, 3, h, w) in [-1, 1], "caption": str, "fps": float}; item i has caption
+    i % len(captions), those of `split` unless some are given. The source video has 24 frames a
+    second and ends where the object reaches the edge or its final size. At 8 a second 8 frames show
+    it travel at least 0.3 of the frame, or double or halve its area; for more `frames` it is
+    slower. `rate_multiplier` 4 is the same clips at 96 frames a second.
     """
 
     def __init__(self, split: str = "train", frames: int = 8, size: int = 64, seed: int = 0,

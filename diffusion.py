@@ -1,7 +1,9 @@
 """Latent diffusion (paper §3.2): a fixed schedule adds noise, a network learns to predict it, and
-sampling walks back. Schedule, samplers and guidance are Stable Diffusion's, number for number; the
-paper itself states only the loss. Timesteps t are 0 .. T-1. Read `tiny.py` next: what the default presets
-do differently, and why.
+sampling walks back.
+
+The paper states the loss, noise prediction; of schedule, samplers (DDIM steps, DDPM steps) and
+guidance it gives no numbers, so these are Stable Diffusion's. Timesteps t are 0 .. T-1. Read `tiny.py`
+next: what the default presets do differently, and why.
 """
 
 from collections.abc import Callable

@@ -83,9 +83,9 @@ def find_clips(folder: Path, stills: bool = False) -> tuple[list[Path], list[Pat
 
 
 def is_moving(file: Path, if_damaged: bool = True) -> bool:
-    """Tell a clip from another file; one picture alone beside the clips is a cover.
+    """Return whether a file is a clip; a single still beside the clips is a cover.
 
-    A PNG or WebP that cannot be opened is said to be `if_damaged`.
+    For a PNG or WebP that cannot be opened, returns `if_damaged`.
     """
     suffix = file.suffix.lower()
     if os.path.exists(file) and not os.path.isfile(file):  # to read a pipe would wait for ever
@@ -333,8 +333,8 @@ class FrameStore:
     """A file of pixels, to which clips are only added: other trainings may have mapped it.
 
     Its index is replaced whole. What lies behind the clips of the index was left by a process that
-    was killed, and is overwritten. Where three quarters are of clips that are gone, a new file is
-    begun. Files of this store that its index does not name are removed.
+    was killed, and is overwritten. If over three quarters of the frames are of clips that are gone,
+    a new file is begun. Files of this store that its index does not name are removed.
     """
 
     def __init__(self, place: Path, size: int, keys: list[str]):

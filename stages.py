@@ -1,7 +1,7 @@
 """What each stage of training reads, trains, minimises, draws and hands on: a class for each.
 
     Vae           VideoVAE: reconstruction + KL                              (paper §3, VideoVAE)
-    Image         the U-Net's image part on single frames, text to image     (paper §3, image start)
+    Image         the U-Net's image part on single images, text to image     (paper §3)
     Video         the whole U-Net on clips with their FPS                    (paper §3.2)
     Interpolate   by --stage alone: the frames between two key frames        (paper §3)
     Upscale       by --stage alone: frames of four times the size            (paper §3)
@@ -73,7 +73,7 @@ class Stage(nn.Module):
     reads_latents = True
     starts_alone = False  # --stage NAME needs no --init-from
     needs_clips = True  # pictures alone do not do
-    done_by = None  # models that need this stage no more: "ours" or "Stable Diffusion"
+    skipped_from = None  # starts that have been through this stage: "ours" or "Stable Diffusion"
     clip_frames = 0  # frames of a clip of the data set; 0 = the model's
     rate_multiplier = 1  # of the shapes' frame rate
     scale = 1  # of the model's frame size
@@ -101,7 +101,7 @@ class Stage(nn.Module):
         return self.s.batch_size, frames
 
     def is_picture_step(self, step: int) -> bool:
-        """Tell whether a step reads pictures alone."""
+        """Tell whether a step reads stills alone."""
         return False
 
     def read(self, sources: list[Source], step: int, size: int, frames: int,
@@ -157,7 +157,8 @@ class Stage(nn.Module):
 
     def chosen(self) -> dict[str, nn.Parameter]:
         """Return those of the weights that --trainable leaves. InputError if there are none."""
-        chosen = {name: p for name, p in self.weights().items() if re.search(self.s.trainable, name)}
+        chosen = {name: p for name, p in self.weights().items()
+                  if re.search(self.s.trainable, name)}
         if not chosen:
             raise InputError(f'--trainable "{self.s.trainable}": matches nothing that stage '
                              f"{self.name} trains; add --stage for the stage that you mean")
@@ -181,7 +182,7 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def picture(self, items: list[dict]) -> Tensor:
-        """Draw rows of frames (n, f, 3, h, w) that show how far the stage is, for held-out items."""
+        """Draw rows of frames (n, f, 3, h, w) that show, on held-out items, how far the stage is."""
         raise NotImplementedError
 
     def finish(self, clips: ClipDataset) -> None:
@@ -191,9 +192,9 @@ class Stage(nn.Module):
 class Vae(Stage):
     """The VideoVAE: reconstruction + KL (paper §3, VideoVAE; squared error, not LPIPS, is ours).
 
-    It sees single frames first, since the frames of a clip are nearly duplicates, every other one a
-    picture where there are pictures; and clips in its last fifth, for the temporal layers (ours).
-    An encoder from Stable Diffusion stays as it is, since its latents must remain what the U-Net
+    For its first four fifths it sees single frames, since those of one clip are nearly alike; with
+    --images every other one is a still. Then it sees clips, for the temporal layers (ours). An
+    encoder from Stable Diffusion stays as it is, since its latents must remain what the U-Net
     knows: then it sees clips alone.
     """
 
@@ -201,7 +202,7 @@ class Vae(Stage):
     reads_latents = False
     starts_alone = True
     needs_clips = False
-    done_by = "ours"
+    skipped_from = "ours"
 
     def __init__(self, model: MagicVideo, s):
         super().__init__(model, s, model.vae)
@@ -226,7 +227,7 @@ class Vae(Stage):
         return any(name.startswith("encoder.") for name in self.chosen())
 
     def video_start(self) -> int:
-        """Return the step at which clips begin."""
+        """Return the first step on clips, from which on the video weights learn."""
         return int(0.8 * self.steps) if self.trains_encoder() else 0
 
     def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, None]:
@@ -255,8 +256,9 @@ class Vae(Stage):
 class Video(Stage):
     """The whole U-Net on clips with their frame rate (paper §3.2).
 
-    The text encoder learns too, unless it is Stable Diffusion's (ours: the paper's is frozen). Some
-    steps train on pictures, so that nothing that only pictures show is forgotten (ours).
+    The text encoder learns too, unless it is Stable Diffusion's (ours: the paper's is frozen). With
+    --images every n-th step trains on stills alone, so that what only these show is not forgotten
+    (ours).
     """
 
     name = "video"
@@ -269,7 +271,7 @@ class Video(Stage):
         return self.s.batch_size * self.model.config.unet.frames // frames, frames
 
     def is_picture_step(self, step: int) -> bool:
-        """Tell whether a step reads pictures alone: one in --picture-every."""
+        """Tell whether a step reads stills alone: one in --picture-every."""
         return self.s.picture_every > 0 and step % self.s.picture_every == 0
 
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
@@ -286,7 +288,10 @@ class Video(Stage):
         return weights
 
     def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Return || eps - eps_hat(z_t, t, context, fps) ||^2 of each clip, (b,), and t (b,)."""
+        """Return the loss of each clip, (b,), and t (b,).
+
+        || eps - eps_hat(z_t, t, context, fps) ||^2, or that of tiny.py in presets tiny and laptop.
+        """
         context = self.context(batch.captions, draw)
         t = draw.integers(self.diffusion.num_steps)
         eps = draw.normal(*batch.clips.shape[1:]).to(batch.clips)
@@ -301,11 +306,11 @@ class Image(Video):
     """The U-Net's image part on single frames without fps, text to image (paper §3, image start).
 
     Frames are the first of their clips: with the causal mask the video model's first frame sees
-    itself alone (ours). Where there are pictures, every other frame is one.
+    itself alone (ours). With --images every other frame is a still.
     """
 
     name = "image"
-    done_by = "Stable Diffusion"
+    skipped_from = "Stable Diffusion"
     needs_clips = False
 
     def plan_batch(self, step: int, frames: int) -> tuple[int, int]:
@@ -391,7 +396,7 @@ BASE_STAGES = ("vae", "image", "video")  # of a run without --stage, in this ord
 
 
 def mix(clips: Source, pictures: Source | None, frames: int) -> list[Source]:
-    """Return what a step reads in turn: single frames come of clips and of pictures."""
+    """Return what a step reads in turn: single frames come from clips and from stills."""
     return [clips, pictures] if pictures and frames == 1 else [clips]
 
 

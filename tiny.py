@@ -2,7 +2,8 @@
 
 Presets `tiny` and `laptop` train and sample by `StaggeredDiffusion` and train with `Muon`; `small`
 and `paper` do as `diffusion.py` says. `VDiffusion` is for the cascade too, `VPrediction` for models
-from SD that predict v. Each trick was measured (docs/measurements.md). Read `vae.py` next: what z is.
+from SD that predict v: the velocity, not the frame rate of the same letter. Each trick was measured
+(docs/measurements.md). Read `vae.py` next: what z is.
 """
 
 import torch

@@ -150,7 +150,7 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
             bins = torch.zeros(2, BINS).double()
             for shard in micro_batches(size, s.accumulate):
                 batch, draw = stage.read(sources, step, size, frames, shard)
-                share = len(batch.clips) * process_count() / size  # of what this process reads
+                share = len(batch.clips) * process_count() / size  # of this process's items
                 with autocast(device, s.precision):
                     errors, t = compute_loss(batch, draw)  # (b,)
                     loss = errors.mean() * share
@@ -190,7 +190,10 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
 
 
 def micro_batches(size: int, count: int) -> list[slice]:
-    """Return which items of a step this process reads, as at most `count` micro-batches."""
+    """Return which items of a step this process reads, as at most `count` micro-batches.
+
+    They are dealt out in turn: each micro-batch of each process gets the next item.
+    """
     count = max(1, min(count, size // process_count()))
     return [slice(process_rank() * count + i, size, process_count() * count) for i in range(count)]
 
@@ -226,7 +229,8 @@ def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor, out: Path)
 def loss_by_timestep_bin(stage: Stage, errors: Tensor, t: Tensor | None, frames: int) -> Tensor:
     """Add up the errors (b,) of clips, and their weights, by timesteps t (b,) -> (2, BINS).
 
-    At high t there is little but the caption to go on.
+    Bins are quarters of t; the last, where there is little but the caption to go on, shows how much
+    the caption helps.
     """
     bins = torch.zeros(2, BINS).double()
     if t is not None:
@@ -347,7 +351,8 @@ def check(s: Settings) -> None:
         raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
 
 
-CAN_CHANGE = ("data", "images", "held_out", "frame_store", "save_every", "sample_every")  # at --resume
+# at --resume
+CAN_CHANGE = ("data", "images", "held_out", "frame_store", "save_every", "sample_every")
 
 
 def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
@@ -386,7 +391,10 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
 
 
 def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
-    """Return the stages to run: that of --stage, or the three that a start has not behind it."""
+    """Return the stages to run: that of --stage, or of the first three those that a start lacks.
+
+    A start from a model of ours leaves out stage vae, one from Stable Diffusion stage image.
+    """
     start = "Stable Diffusion" if pretrained else "ours" if s.init_from else "scratch"
     stages = []
     names = [s.stage] if s.stage else BASE_STAGES
@@ -394,7 +402,7 @@ def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
         names = BASE_STAGES[: BASE_STAGES.index(s.stage) + 1]
     for name in names:
         stage = STAGES[name]
-        if stage.done_by == start and not s.stage:
+        if stage.skipped_from == start and not s.stage:
             if process_rank() == 0:
                 print(f"stage {name} is left out: {s.init_from} has been through it; --stage "
                       f"{name} trains it")

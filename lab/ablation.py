@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.results import check_ranges, mean_interval, report, run_command  # before torch: sets how threads wait
+# before torch: sets how threads wait
+from lab.results import check_ranges, mean_interval, report, run_command
 
 import torch
 
@@ -188,8 +189,8 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
                 "held-out loss": loss}
     captions = {"colors of clips": [], "colors of pictures alone": []}
     for color in COLORS:
-        group = captions["colors of clips" if color in MOVING_COLORS else "colors of pictures alone"]
-        group += [f"a {color} {shape} {motion}" for shape in SHAPES for motion in MOTIONS]
+        group = "colors of clips" if color in MOVING_COLORS else "colors of pictures alone"
+        captions[group] += [f"a {color} {shape} {motion}" for shape in SHAPES for motion in MOTIONS]
     out.mkdir(parents=True, exist_ok=True)
     held_out = [*captions["colors of pictures alone"],
                 *(c for c in balanced_prompts("test") if c.split()[1] in MOVING_COLORS)]

@@ -1,7 +1,8 @@
-"""Draw the README's pictures: `python -m lab.figures` writes docs/pipeline.png and held-out.webp.
+"""Draw the pictures of the pages: `python -m lab.figures` writes them to docs/ (ours).
 
-The first shows the pipeline (paper §3) with real noise, latents and frames, and the ST block
-(§3.2.2); the second clips of captions that the model never saw, by seed 0.
+pipeline.png shows the pipeline (paper §3) with real noise, latents and frames, and the ST block
+(§3.2.2); held-out.webp clips of captions that the model never saw, by seed 0; inside/ what happens
+inside the model, see `inside.py`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import cascade
+from lab import inside
 from magicvideo import MagicVideo
 from sample import SHIPPED
 
@@ -128,7 +130,7 @@ def draw_held_out(model: MagicVideo, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw both pictures with the shipped model."""
+    """Draw all pictures with the shipped model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="docs", help="folder of the pictures (docs)")
     flags = parser.parse_args(arguments)
@@ -136,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     draw_pipeline(model, Path(flags.out) / "pipeline.png")
     draw_held_out(model, Path(flags.out) / "held-out.webp")
+    inside.draw_all(model, Path(flags.out) / "inside")
 
 
 if __name__ == "__main__":

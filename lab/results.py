@@ -47,7 +47,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """Return the mean of a few values and its 95 % interval, by Student's t; of one, no interval."""
+    """Return the mean of a few values and its 95 % interval by Student's t; one value has none."""
     n = len(values)
     mean = sum(values) / n
     if n == 1:

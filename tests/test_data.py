@@ -265,10 +265,9 @@ def test_every_picture_of_a_folder_is_one_and_of_animations_the_first_frame(tmp_
     for name in ("deep/0.png", "deep/1.jpg", "printed.jpg"):
         red = items[name]["video"].mean((0, 2, 3))
         assert items[name]["video"].shape == (1, 3, 32, 32) and red[0] > 0.9 and red[1] < -0.9
-    first = ClipFolder(tmp_path, 2, 32, skip_unusable=True)
-    clip = first.pixels[first.clips[first.names.index("moving.webp")].start]
-    assert np.array_equal(pictures.pixels[pictures.clips[pictures.names.index("moving.webp")].start],
-                          clip)
+    first = [folder.pixels[folder.clips[folder.names.index("moving.webp")].start]
+             for folder in (pictures, ClipFolder(tmp_path, 2, 32, skip_unusable=True))]
+    assert np.array_equal(*first)
     trained, held_out = open_pictures(str(tmp_path), 32)
     assert len(trained) == 8 and len(held_out) == 1
 

@@ -244,6 +244,22 @@ def test_with_strict_masks_the_whole_network_is_causal_bit_for_bit(unet, frame):
     assert (before[:, frame:] != after[:, frame:]).all()
 
 
+def test_without_adaptors_and_mask_the_network_cannot_tell_the_order_of_frames():
+    order = torch.tensor([3, 0, 4, 2, 1])
+
+    def moves_with_its_frames(mask, has_adaptors):
+        unet = shaken(UNet3D(UNetConfig(**TINY, mask=mask)))
+        for module in unet.modules():
+            if isinstance(module, FrameAdaptor) and not has_adaptors:
+                nn.init.ones_(module.scale)
+                nn.init.zeros_(module.shift)
+        return close(unet(Z[:, order], T, TEXT, FPS), unet(*CLIPS)[:, order], 1e-12)
+
+    assert moves_with_its_frames("bidirectional", False)  # left and right are a coin's toss
+    assert not moves_with_its_frames("bidirectional", True)
+    assert not moves_with_its_frames("strict", False)
+
+
 def test_fps_has_an_effect_and_zeroing_the_last_layer_removes_it():
     unet = shaken(UNet3D(UNetConfig(**TINY)))
     assert (unet(*CLIPS) != unet(Z, T, TEXT, FPS + 1)).all()
