@@ -2,8 +2,8 @@
 sampling walks back.
 
 The paper states the loss, noise prediction; of schedule, samplers (DDIM steps, DDPM steps) and
-guidance it gives no numbers, so these are Stable Diffusion's. Timesteps t are 0 .. T-1. Read `tiny.py`
-next: what the default presets do differently, and why.
+guidance it gives no numbers, so these are Stable Diffusion's. Timesteps t are 0 .. T-1. Read
+`tiny.py` next: what the default presets do differently, and why.
 """
 
 from collections.abc import Callable

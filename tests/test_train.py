@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -570,51 +572,62 @@ def test_mistakes_of_any_stage_are_told_before_the_first_and_before_anything_is_
 # Processes
 
 
-def run_ranks(out, count, *flags, kill_rank=None, float64=True, prepare=""):
-    """Train the tinier preset by `count` processes, in float64 where not said else."""
-    script = (
-        "import os, sys, torch\n"
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        f"torch.set_default_dtype(torch.float{64 if float64 else 32})\n"
-        "import train, stages\n"
-        "from test_train import PRESETS, TINIER, MagicVideoConfig\n"
-        "PRESETS['tiny'] = MagicVideoConfig(**TINIER)\n"
-        f"if train.process_rank() == {kill_rank}:\n"
-        "    stages.Image.forward = lambda *arguments: os._exit(9)\n"
-        f"{prepare}"
-        "torch.set_num_threads(1)\n"
-        "train.run_command('train.py', lambda: train.main(sys.argv[1:], __file__))\n")
-    Path("ranks.py").write_text(script)
-    flags = ["--vae-steps", "3", "--image-steps", "2", "--video-steps", "2", "--cache", "6",
-             "--batch-size", "4", "--vae-batch-size", "8", "--muon-lr", "0", "--sample-every", "0",
-             "--save-every", "1", "--device", "cpu", *flags]
-    return subprocess.run([sys.executable, "ranks.py", *flags, "--out", out, "--ranks", str(count)],
-                          capture_output=True, text=True, timeout=600)
+MANY = ["--vae-steps", "3", "--image-steps", "2", "--video-steps", "2", "--cache", "6",
+        "--batch-size", "4", "--vae-batch-size", "8", "--muon-lr", "0", "--sample-every", "0",
+        "--save-every", "1", "--device", "cpu"]
+
+
+def train_rank(rank, count, port, folder, arguments, dtype, prepare):
+    """Be one of the processes that torchrun starts."""
+    os.chdir(folder)
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.set_default_dtype(dtype)
+    PRESETS["tiny"] = MagicVideoConfig(**TINIER)
+    prepare()
+    train.main(arguments)
+
+
+def train_by(count, *arguments, dtype=torch.float64, prepare=bool):
+    """Train by `count` processes, forked from one that has imported torch and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=train_rank, args=(rank, count, port, os.getcwd(),
+                                                          arguments, dtype, prepare))
+                 for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0] * count
 
 
 def test_two_processes_of_two_micro_batches_train_as_one_of_one_does():
     # 9 single frames and then 2 clips a step: the shares are not equal
     for count in (1, 2):
-        done = run_ranks(f"ranks{count}", count, "--accumulate", str(count), "--vae-batch-size", "9")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("done in") == 1
+        train_by(count, *MANY, "--accumulate", str(count), "--vae-batch-size", "9", "--out",
+                 f"ranks{count}")
     one, two = stored("ranks1"), stored("ranks2")
     assert all(close(one[key], two[key], 1e-9) for key in one)
     assert [r["loss"] for r in rows("ranks1")] == [r["loss"] for r in rows("ranks2")]
 
 
+def keep_a_copy():
+    """Keep a copy of the run as it is after its third step."""
+    save = train.save_run
+    train.save_run = lambda out, stage, step, *rest: (
+        save(out, stage, step, *rest), step == 3 and shutil.copytree(out, "half"))
+
+
 def test_a_resumed_run_of_four_processes_ends_with_the_very_weights():
-    keep_a_copy = (  # of the run as it was after its third step
-        "import shutil\n"
-        "save = train.save_run\n"
-        "train.save_run = lambda out, stage, step, *rest: (\n"
-        "    save(out, stage, step, *rest), step == 3 and shutil.copytree(out, 'half'))\n")
-    done = run_ranks("whole", 4, "--vae-steps", "1", "--image-steps", "6", "--video-steps", "0",
-                     "--save-every", "3", float64=False, prepare=keep_a_copy)
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "ranks.py", "--resume", "--out", "half", "--ranks", "4"],
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    train_by(4, *MANY, "--vae-steps", "1", "--image-steps", "6", "--video-steps", "0",
+             "--save-every", "3", "--out", "whole", dtype=torch.float32, prepare=keep_a_copy)
+    train_by(4, "--resume", "--out", "half", dtype=torch.float32)
     assert equal(stored("whole"), stored("half"))
 
 
@@ -644,12 +657,22 @@ def test_where_processes_are_stopped_none_leaves_before_the_run_is_saved():
 
 
 def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
-    done = run_ranks("run", 2, kill_rank=1)
+    Path("ranks.py").write_text(
+        "import os, sys, torch\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import train, stages\n"
+        "from test_train import PRESETS, TINIER, MagicVideoConfig\n"
+        "PRESETS['tiny'] = MagicVideoConfig(**TINIER)\n"
+        "torch.set_num_threads(1)\n"
+        "if train.process_rank() == 1:\n"
+        "    stages.Image.forward = lambda *arguments: os._exit(9)\n"
+        "train.run_command('train.py', lambda: train.main(sys.argv[1:], __file__))\n")
+    done = subprocess.run([sys.executable, "ranks.py", *MANY, "--out", "run", "--ranks", "2"],
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(r"another process has ended; go on with --resume --out run", done.stderr)
     assert load_checkpoint("run/checkpoint.pt", "magicvideo-training")["step"] == 3
-    done = run_ranks("run", 2, "--resume")
-    assert done.returncode == 0, done.stderr
+    train_by(2, *MANY, "--resume", "--out", "run", dtype=torch.float32)
     assert [r["stage"] for r in rows("run")] == ["vae"] * 3 + ["image"] * 2 + ["video"] * 2
 
 
