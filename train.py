@@ -597,6 +597,9 @@ def main(arguments: list[str], script: str | None = None) -> None:
         command = f"go on with: python train.py --resume --out {shlex.quote(str(out))}"
         raise InputError(f"stopped; {command}" if saved else "stopped, nothing saved yet") from None
     except RuntimeError as error:
+        if re.search("out of memory|allocate memory", str(error)):
+            raise InputError("not enough memory; --accumulate 2 or more, --gradient-checkpointing "
+                             "or a smaller --batch-size takes less, see --help") from error
         if process_count() == 1 or "onnection" not in str(error):
             raise
         raise InputError(f"another process has ended; go on with --resume --out {out}") from error

@@ -198,6 +198,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_log_says_every_st
     assert equal(weights(whole), weights("run"))
 
 
+@pytest.mark.parametrize("reason", ["", "CUDA out of memory. Tried to allocate 9.00 GiB"])
+def test_a_run_that_does_not_fit_names_the_flags_that_take_less_memory(monkeypatch, reason):
+    def forward(*arguments):
+        if reason:
+            raise torch.cuda.OutOfMemoryError(reason)
+        torch.empty(10**17)
+
+    monkeypatch.setattr(stages.Vae, "forward", forward)
+    with pytest.raises(InputError, match="not enough memory; --accumulate 2 .*--batch-size"):
+        train.main(SHORT)
+
+
 def test_a_stop_before_the_first_checkpoint_says_so(monkeypatch, tmp_path):
     def interrupted(*arguments):
         raise KeyboardInterrupt
