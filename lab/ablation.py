@@ -179,7 +179,7 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
     if claim == "flicker":
         model = train_once(folder, "--stage", "vae", "--seed", seed, "--vae-steps", flags.steps,
                            *variant.video)
-        options = argparse.Namespace(data="shapes", clips=240, seed=0)
+        options = argparse.Namespace(data="shapes", clips=240, seed=0, fps=8.0)
         return {row["name"]: row["PSNR"] for row in evaluate.reconstruction(model, options)["rows"]}
     if claim != "pictures":
         model = train_variant(variant, name, seed, out, [], flags)

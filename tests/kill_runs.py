@@ -159,9 +159,10 @@ def main(arguments: list[str] | None = None) -> int:
             os.kill(child, stop)
             status = wait(child)
             seconds = time.time() - asked
-            good = seconds < 5 and status in (0, 2) and ends_like(out, reference)
-            lost += not good
-            print(f"{stop.name}: left after {seconds:.2f} s: {'good' if good else 'LOST'}")
+            good = status in (0, 2) and ends_like(out, reference)
+            verdict = "LOST" if not good else "good" if seconds < 5 else "late"
+            lost += verdict != "good"
+            print(f"{stop.name}: left after {seconds:.2f} s: {verdict}")
     print(f"{flags.kills + 3 - lost} of {flags.kills + 3} runs ended as the undisturbed one did")
     return lost
 

@@ -263,6 +263,19 @@ def test_a_claim_is_measured_for_every_variant_and_seed_and_compared_seed_by_see
         ablation.main(["masks", "--variants", "both"])
 
 
+def test_flicker_is_measured_on_clips_and_their_differences(model, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(ablation, "train_once", lambda folder, *flags: (
+        commands.append(flags) or MagicVideo.load(model)))
+    monkeypatch.setattr(ablation.evaluate, "ShapesDataset", lambda *cut: [
+        ShapesDataset(*cut)[i] for i in range(2)])
+    flags = Namespace(steps=3)
+    found = ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags)
+    assert len(found) == 4 and all(value > 5 for value in found.values())
+    assert commands[0] == ("--stage", "vae", "--seed", 1, "--vae-steps", 3, "--trainable",
+                           "^(?!.*(temporal))")
+
+
 def test_the_mean_of_seeds_has_students_interval():
     assert results.mean_interval([3.0]) == (3.0, 3.0, 3.0)
     mean, low, high = results.mean_interval([1.0, 2.0, 3.0])
