@@ -566,8 +566,9 @@ def main(arguments: list[str], script: str | None = None) -> None:
     s = fit_batch(s, overrides, count)
     data = open_all(s, frames, config.size * classes[-1].scale, classes[-1].rate_multiplier)
     if resumed and resumed["clips"] != data.names():
-        raise InputError(f"--data {s.data}: these are not the clips this run started with; name a "
-                         f"folder with the same")
+        folders = f"--data {s.data}" + (f", --images {s.images}" if s.images else "")
+        raise InputError(f"{folders}: these are not the clips this run started with; name a folder "
+                         f"with the same")
     if not resumed and s.data != "shapes":
         s = scale_steps(s, overrides, sum(map(len, data.trained())))
     torch.manual_seed(s.seed)
