@@ -271,8 +271,10 @@ class Video(Stage):
         return self.s.batch_size * self.model.config.unet.frames // frames, frames
 
     def is_picture_step(self, step: int) -> bool:
-        """Tell whether a step reads stills alone: one in --picture-every."""
-        return self.s.picture_every > 0 and step % self.s.picture_every == 0
+        """Tell whether a step reads stills alone: one in --picture-every, if it can learn then."""
+        if not self.s.picture_every or step % self.s.picture_every:
+            return False
+        return not all(map(is_video_parameter, self.chosen()))
 
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
         """Make a batch of clips with their fps, or of single frames, which have none."""

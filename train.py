@@ -423,7 +423,8 @@ def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
              if name not in overrides]
     if share < 1 and names and process_rank() == 0:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
-        print(f"{count} clips and pictures, fewer than 1,000: {share:.0%} of the preset's {flags}")
+        kind = "clips and pictures" if s.images else "clips"
+        print(f"{count} {kind}, fewer than 1,000: {share:.0%} of the preset's {flags}")
     return replace(s, **{name: round(share * getattr(s, name)) for name in names})
 
 

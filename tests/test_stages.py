@@ -132,6 +132,9 @@ def test_one_step_in_four_of_stage_video_is_on_as_many_pictures_as_clips_have_fr
     assert stage.network.conv_in.weight.grad.abs().sum() > 0
     assert not make("image", picture_every=1)[0].is_picture_step(0)
     assert not make("video", picture_every=0)[0].is_picture_step(0)
+    # on a still what is MagicVideo's own has no effect, and could not learn
+    assert not make("video", trainable="adaptor|temporal|fps")[0].is_picture_step(0)
+    assert make("video", trainable="adaptor|conv_in")[0].is_picture_step(0)
 
 
 def test_a_picture_is_encoded_once_and_a_clip_as_often_as_it_is_cut():
