@@ -81,6 +81,7 @@ BOTH = (bidirectional, equal_noise)
 CLAIMS = {
     "pictures": {
         "pictures mixed in": Variant(),
+        "mixed in, every tenth step": Variant(video=("--picture-every", "10")),
         "stage image, then video": Variant(video=("--picture-every", "0")),
         "the same, text encoder frozen": Variant(
             video=("--picture-every", "0", *frozen("text_encoder"))),
