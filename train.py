@@ -72,7 +72,7 @@ class Settings:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     data: str = flag("shapes", 'folder of clips, or "shapes"')
     images: str = flag("", 'folder of captioned pictures, or "shapes", beside the clips')
-    picture_every: int = flag(4, "with --images: every n-th step of stage video is on pictures")
+    picture_every: int = flag(10, "with --images: every n-th step of stage video is on pictures")
     skip_unusable: bool = flag(False, "leave out clips that are damaged or too short")
     max_frames: int = flag(1000, "frames read of each clip, from its start")
     held_out: str = flag("", "file that names the clips held out (default: every tenth)")

@@ -80,8 +80,8 @@ def frozen(names: str) -> tuple[str, str]:
 BOTH = (bidirectional, equal_noise)
 CLAIMS = {
     "pictures": {
-        "pictures mixed in": Variant(),
         "mixed in, every tenth step": Variant(video=("--picture-every", "10")),
+        "pictures mixed in": Variant(video=("--picture-every", "4")),
         "stage image, then video": Variant(video=("--picture-every", "0")),
         "the same, text encoder frozen": Variant(
             video=("--picture-every", "0", *frozen("text_encoder"))),

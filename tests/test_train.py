@@ -331,7 +331,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_pictures_train_stages_vae_and_image_and_every_fourth_step_of_stage_video(
+def test_pictures_train_stages_vae_and_image_and_every_nth_step_of_stage_video(
         pictures, monkeypatch, capsys):
     seen = []
     read = stages.Stage.read
@@ -346,7 +346,8 @@ def test_pictures_train_stages_vae_and_image_and_every_fourth_step_of_stage_vide
     monkeypatch.setattr(stages.Stage, "read", spy)
     monkeypatch.setattr(train, "new_model", lambda s, c: captions.append(c) or new_model(s, c))
     steps = ["--vae-steps", "5", "--image-steps", "2", "--video-steps", "5"]
-    train.main([*SHORT, "--images", "pictures", "--data", "shapes", "--out", "run", *steps])
+    train.main([*SHORT, "--images", "pictures", "--data", "shapes", "--out", "run", *steps,
+                "--picture-every", "4"])
     said = capsys.readouterr().out
     assert "pictures: 12 pictures, decoded once" in said and "1 pictures held out" in said
     mixed, pictured, moving = [False, True] * 4, [True] * 8, [False] * 2
