@@ -10,6 +10,7 @@ import copy
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -318,6 +319,23 @@ class PictureFolder(ClipFolder):
                  store: str | Path | None = None, skip_unusable: bool = False):
         super().__init__(path, 1, size, seed, store=store, max_frames=1,
                          skip_unusable=skip_unusable)
+
+
+class Data(NamedTuple):
+    """What a run reads: clips, and pictures where there are; some of each are held out."""
+
+    clips: ClipDataset
+    held_out: ClipDataset
+    pictures: ClipDataset | None = None
+    held_out_pictures: ClipDataset | None = None
+
+    def trained(self) -> list[ClipDataset]:
+        """Return clips, and pictures where there are."""
+        return [source for source in (self.clips, self.pictures) if source]
+
+    def names(self) -> list[str]:
+        """List the files that are trained on; of the shapes there are none."""
+        return [name for source in self.trained() for name in getattr(source, "names", [])]
 
 
 def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier: int = 1,

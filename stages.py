@@ -277,9 +277,9 @@ class Video(Stage):
         return not all(map(is_video_parameter, self.chosen()))
 
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
-        """Make a batch of clips with their fps, or of single frames, which have none."""
+        """Make a batch of clips with their fps, or of stills, which have none."""
         batch = super().batch(items, draw, frames)
-        return batch if frames > 1 else batch._replace(fps=None)
+        return batch if frames == self.model.config.unet.frames else batch._replace(fps=None)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the U-Net's weights, and the text encoder's unless it is Stable Diffusion's."""
@@ -327,7 +327,7 @@ class Image(Video):
         """Make a batch of first frames."""
         key = "z0" if "z0" in items[0] else "video"
         firsts = [{**item, key: item[key][:1]} for item in items]
-        return super().batch(firsts, draw, frames)
+        return super().batch(firsts, draw, frames)._replace(fps=None)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return those of stage video that an image model has."""

@@ -15,7 +15,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting threads do not spin
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of torch.distributed
@@ -28,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from clip_files import film_strip, write_clip
-from data import ClipDataset, ClipFolder, open_data, open_pictures
+from data import ClipDataset, ClipFolder, Data, open_data, open_pictures
 from magicvideo import PRESETS, MagicVideo
 from runs import (BINS, EMA, InputError, append_log, autocast, build_optimizers, claim_folder,
                   join_processes, leave_processes, load_checkpoint, lowest_held_out_loss,
@@ -100,23 +99,6 @@ PRESET_SETTINGS = {
 
 # --------------------------------------------------------------------------------------------------
 # The loop
-
-
-class Data(NamedTuple):
-    """What a run reads: clips, and pictures where there are; some of each are held out."""
-
-    clips: ClipDataset
-    held_out: ClipDataset
-    pictures: ClipDataset | None = None
-    held_out_pictures: ClipDataset | None = None
-
-    def trained(self) -> list[ClipDataset]:
-        """Return clips, and pictures where there are."""
-        return [source for source in (self.clips, self.pictures) if source]
-
-    def names(self) -> list[str]:
-        """List the files that are trained on; of the shapes there are none."""
-        return [name for source in self.trained() for name in getattr(source, "names", [])]
 
 
 def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Path,

@@ -67,8 +67,6 @@ def draw_maps(path: Path, maps: list[tuple[str, Tensor]], color: str, labels: tu
 def real_latents(model: MagicVideo) -> Tensor:
     """Encode the first real clip of the prompt at 8 frames a second, (1, f, c, h, w)."""
     clips = ShapesDataset("test", fps=8)
-    if PROMPT not in clips.captions:
-        clips = ShapesDataset("train", fps=8)
     return model.encode(clips[clips.captions.index(PROMPT)]["video"][None])
 
 
@@ -76,16 +74,15 @@ def add_noise(model: MagicVideo, path: Path) -> None:
     """Show a clip in noise: every frame alike, as in the paper, and staggered."""
     z0 = real_latents(model)
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
-    frames = z0.shape[1]
     rows = [("clean", model.decode(z0)[0])]
-    for name, diffusion, t in (("every frame\nt = 300", Diffusion(), torch.full((1, frames), 300)),
-                               ("every frame\nt = 600", Diffusion(), torch.full((1, frames), 600)),
-                               ("staggered,\nt = 300", model.diffusion, None),
-                               ("staggered,\nt = 600", model.diffusion, None)):
-        if t is None:
-            t = diffusion.frame_timesteps(torch.tensor([int(name[-3:])]), frames)
-            t = t.clamp(0, diffusion.num_steps - 1)
-        rows.append((name, model.decode(diffusion.add_noise(z0, eps, t))[0]))
+    steps = torch.tensor([300]), torch.tensor([600])
+    for t in steps:
+        noisy = Diffusion().add_noise(z0, eps, t)
+        rows.append((f"every frame\nt = {int(t)}", model.decode(noisy)[0]))
+    for t in steps:
+        of_frames = model.diffusion.frame_timesteps(t, z0.shape[1])  # (1, f)
+        noisy = model.diffusion.add_noise(z0, eps, of_frames.clamp(0, 999))
+        rows.append((f"staggered,\nt = {int(t)}", model.decode(noisy)[0]))
     draw_strips(path, rows)
 
 

@@ -137,6 +137,14 @@ def test_one_step_in_four_of_stage_video_is_on_as_many_pictures_as_clips_have_fr
     assert make("video", trainable="adaptor|conv_in")[0].is_picture_step(0)
 
 
+def test_a_clip_of_a_model_of_one_frame_keeps_its_fps():
+    stage, clips = make("video")
+    stage.model.config.unet.frames = 1
+    assert stage.read([clips], 1, 4, 1, slice(None))[0].fps.shape == (4,)
+    stage = STAGES["image"](stage.model, Settings())
+    assert stage.read([clips], 1, 4, 1, slice(None))[0].fps is None
+
+
 def test_a_picture_is_encoded_once_and_a_clip_as_often_as_it_is_cut():
     stage, _ = make("video")
     pictures = ShapePictures(size=32, length=3)
