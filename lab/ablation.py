@@ -16,8 +16,10 @@ command that was stopped goes on with the run that it was at, and several comman
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 # before torch: sets how threads wait
 from lab.results import check_ranges, mean_interval, report, run_command
@@ -27,11 +29,13 @@ import torch
 import train
 from clip_files import film_strip, write_clip
 from data import COLORS, MOTIONS, SHAPES
+from diffusion import Diffusion
 from lab import evaluate
 from lab.judge import LABELS, balanced_prompts, count, judge
 from magicvideo import MagicVideo
 from runs import InputError, read_log
 from sample import SHIPPED
+from tiny import StaggeredDiffusion
 
 MOVING_COLORS = ("red", "green", "blue", "white")  # of the clips of claim "pictures"
 
@@ -56,6 +60,9 @@ def equal_noise_v(model: MagicVideo) -> None:
     model.config.staggered, model.config.v_prediction = False, True
 
 
+STAGGERED_EPS = {name: vars(Diffusion)[name] for name in ("__init__", "target", "predict_z0_eps")}
+
+
 def no_spatial_effect(model: MagicVideo) -> None:
     """Take the effect of the spatial branch away, which must not be trained then."""
     for name, p in model.unet.named_parameters():
@@ -70,6 +77,7 @@ class Variant(NamedTuple):
     alter_video: tuple[Callable[[MagicVideo], None], ...] = ()  # the model that stage image made
     has_image_stage: bool = True  # else stage video has its steps too
     video: tuple[str, ...] = ()  # flags of stage video
+    objective: dict = {}  # what StaggeredDiffusion has otherwise
 
 
 def frozen(names: str) -> tuple[str, str]:
@@ -93,6 +101,8 @@ CLAIMS = {
     "objective": {
         "the paper's": Variant(alter=(equal_noise,)),
         "v, equally noisy": Variant(alter=(equal_noise_v,)),
+        "v, equally noisy, until no signal is left": Variant(objective={"frame_lag": 0}),
+        "noise, staggered": Variant(objective=STAGGERED_EPS),
         "v, staggered (tiny.py)": Variant(),
     },
     "masks": {
@@ -147,7 +157,8 @@ def train_variant(variant: Variant, name: str, seed: int, out: Path, data: list[
     common = [*data, "--seed", seed]
     steps = flags.steps
     if variant.has_image_stage:
-        kind = "-".join(["image", *(alter.__name__ for alter in variant.alter), str(seed)])
+        kind = "-".join(["image", *(alter.__name__ for alter in variant.alter),
+                         *variant.objective, str(seed)])
         image_start = out / f"{kind}.pt"
         image_start.parent.mkdir(parents=True, exist_ok=True)
         if not image_start.exists():
@@ -165,9 +176,10 @@ def train_variant(variant: Variant, name: str, seed: int, out: Path, data: list[
                       *variant.video, *common)
 
 
-def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: str) -> dict:
+def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: str,
+                   flags: argparse.Namespace) -> dict:
     """Sample a clip of each caption, and count which words are right."""
-    options = argparse.Namespace(steps=20, guidance=None, seed=0)
+    options = argparse.Namespace(steps=flags.sampling_steps, guidance=flags.guidance, seed=0)
     videos = evaluate.sample_prompts(model, captions, options, 8.0)
     write_clip(folder / f"{name}.png", film_strip(videos[:24])[None], fps=1)
     return count(captions, [judge(video) for video in videos])
@@ -186,7 +198,7 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
         model = train_variant(variant, name, seed, out, [], flags)
         loss = float(read_log(folder / "log.csv")[-1]["held_out_loss"])
         prompts = balanced_prompts("test") * 3
-        return {"held-out captions": judge_captions(model, prompts, folder, "held-out"),
+        return {"held-out captions": judge_captions(model, prompts, folder, "held-out", flags),
                 "held-out loss": loss}
     captions = {"colors of clips": [], "colors of pictures alone": []}
     for color in COLORS:
@@ -198,7 +210,7 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
     (out / "held_out.txt").write_text("\n".join(held_out))
     data = ["--images", "shapes", "--data", "shapes", "--held-out", out / "held_out.txt"]
     model = train_variant(variant, name, seed, out, data, flags)
-    return {group: judge_captions(model, prompts, folder, group.replace(" ", "-"))
+    return {group: judge_captions(model, prompts, folder, group.replace(" ", "-"), flags)
             for group, prompts in captions.items()}
 
 
@@ -243,9 +255,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--image-steps", type=int, default=100, help="of stage image (100)")
     parser.add_argument("--steps", type=int, default=900, help="of the stage that differs (900)")
+    parser.add_argument("--sampling-steps", type=int, default=20, help="of sampling (20)")
+    parser.add_argument("--guidance", type=float, help="weight of the text (the model's)")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
-    check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9))
+    check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9), sampling_steps=(1, 1000))
     variants = flags.variants or [*CLAIMS[flags.claim]]
     for name in variants:
         if name not in CLAIMS[flags.claim]:
@@ -253,8 +267,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f'--variants "{name}": use some of {known}')
     kind = "pictures-" if flags.claim == "pictures" else ""
     out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}"  # other lengths, other runs
-    measured = {name: [measure(flags.claim, name, seed, out, flags) for seed in flags.seeds]
-                for name in variants}
+    measured = {}
+    for name in variants:
+        with ExitStack() as changes:
+            for key, value in CLAIMS[flags.claim][name].objective.items():
+                changes.enter_context(mock.patch.object(StaggeredDiffusion, key, value))
+            measured[name] = [measure(flags.claim, name, seed, out, flags) for seed in flags.seeds]
     numbers = out / f"{flags.claim}-{'-'.join(map(str, flags.seeds))}.json"
     report(numbers, flags, {**tables(measured), "measured": measured})
 

@@ -335,6 +335,28 @@ def test_variants_differ_in_what_they_are_about_alone(tmp_path):
             assert not torch.equal(outputs[i], outputs[j])
 
 
+def test_objectives_differ_in_what_they_are_about_alone(tmp_path, monkeypatch):
+    def diffusion(claim, name, *_):
+        built = ablation.new_model(0, ablation.CLAIMS[claim][name]).diffusion
+        t = built.frame_timesteps(torch.tensor([500]), 3)[0].tolist()
+        z0, eps = torch.randn(2, 1, 3, 4, 2, 2).double()
+        t_frames = torch.tensor([t])
+        output = built.target(z0, eps, t_frames)
+        for made, known in zip(built.predict_z0_eps(built.add_noise(z0, eps, t_frames), output,
+                                                    t_frames), (z0, eps)):
+            assert torch.allclose(made, known)
+        found[name] = t, torch.equal(output, eps), float(built.alphas_cumprod[-1]) == 0
+        return {"held-out loss": 0.0}
+
+    found = {}
+    monkeypatch.setattr(ablation, "measure", diffusion)
+    names = [*ablation.CLAIMS["objective"]][2:]
+    ablation.main(["objective", "--variants", *names, "--out", str(tmp_path), "--seeds", "0"])
+    assert found == {names[0]: ([500, 500, 500], False, True),
+                     names[1]: ([400, 500, 600], True, False),
+                     names[2]: ([400, 500, 600], False, True)}
+
+
 def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_path, monkeypatch):
     trained = []
 
