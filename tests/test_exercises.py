@@ -282,9 +282,11 @@ WORDS = {  # property -> words that show it
     "a single letter is one symbol, with </w>": ["q", "h", "©"],
     "letters that nothing joins stay single, the last one with </w>": ["qd", "dqqd", "sh"],
     "two neighbours are joined": ["hod", "rsd", "xad"],
-    "what was learned first is joined first, not what comes first": ["abcd", "dabcd", "xaaab"],
+    "the pair learned first is joined first, at every place, until no pair is left": [
+        "abcd", "dabcd", "xaaab"],
     "what was learned first is joined first, not the most frequent pair": ["abababcd", "aaaxad"],
-    "only whole symbols are joined, never parts of them": ["xaxabd", "xabd", "xababd", "Ã©"],
+    "whole symbols are joined until no pair is left, and never parts of symbols": [
+        "xaxabd", "xabd", "xababd", "Ã©"],
     "joining goes on until no pair is left, to the whole word": ["horse", "hohorse"],
     "a merge is applied everywhere in the word": ["hodhod", "abdab", "aaaaadaaaa"],
     "of overlapping pairs the leftmost is joined": ["aaad", "aaab", "aaaaab", "ababab"],
@@ -658,11 +660,13 @@ def guided(says: str, form: str, scale: float, with_fps: bool) -> Case:
 def exercise_10_the_weight_of_the_text():
     for with_fps in (False, True):
         for scale in (1, 1.0):
-            yield guided("s = 1 is the text alone, in one call of b clips", "t (b,)", scale,
-                         with_fps)
-        yield guided("s = 0 is what is sampled without text", "t (b,)", 0.0, with_fps)
+            yield guided("s = 1 is the text alone, in one call of b clips, with fps as given",
+                         "t (b,)", scale, with_fps)
+        yield guided("s = 0 is what is sampled without text, the first half of the batch; "
+                     "both halves get fps", "t (b,)", 0.0, with_fps)
         for scale in (2, 7.5, 0.5, -0.5):
-            yield guided("away from no text by s times the difference", "t (b,)", scale, with_fps)
+            yield guided("away from no text by s times the difference; both halves get fps",
+                         "t (b,)", scale, with_fps)
 
 
 @cases
@@ -777,14 +781,16 @@ def attention_cases(mask: str) -> Iterator[Case]:
     equal = {"strict": "the mean of frames 1 .. i", "literal": "the sum of frames 1 .. i, over f",
              "bidirectional": "the mean of all frames"}[mask]
     sums = "less than 1: later frames stay in the denominator" if mask == "literal" else "1"
-    yield attended(mask, f"of equal scores frame i is {equal}, {MASKS[mask]}", shape, q=zeros)
+    yield attended(mask, f"softmax over the keys, of equal scores frame i is {equal}, "
+                   f"{MASKS[mask]}", shape, q=zeros)
     yield attended(mask, f"of v = 1 the result is the weights' sum, {sums}", shape, v=ones)
     yield attended(mask, f"softmax over the keys of QK^T / sqrt(d), {MASKS[mask]}", shape)
     yield attended(mask, "the scores are divided by sqrt(d)", (2, 1, 3, 16))
     yield attended(mask, "16 frames", (2, 2, 16, 2))
     yield attended(mask, "a single frame", (2, 1, 1, 4))
     yield attended(mask, "as many sequences as heads, frames and channels", (4, 4, 4, 4))
-    yield attended(mask, "large scores, the softmax must not overflow", shape, 300, 1e-3, None)
+    yield attended(mask, "large scores: the softmax does not overflow, masked frames weigh nothing",
+                   shape, 300, 1e-3, None)
 
 
 @cases
@@ -905,7 +911,7 @@ def exercise_07_of_floating_point_numbers():
     for x in ([0.0], [1.0, 2.5, 3.0 + SEED, 30.0], [250.0, 996.0], [7.5 + SEED]):
         for width in (2, 8, 32):
             half = {2: "", 8: ", periods 2 pi .. 20000 pi, omega_k = 10000^(-k/n)"}.get(width, "")
-            yield Case(f"cosines first, then sines{half}: x = {x}, width {width}",
+            yield Case(f"cosines first, then sines of x, not rounded{half}: x = {x}, width {width}",
                        lambda x, width=width: get("unet3d", "sinusoid")(x, width), 2e-4, 0.05,
                        torch.float32, x=torch.tensor(x).double())
 
@@ -977,10 +983,10 @@ def exercise_14_a_video():
         yield layer("after the ST blocks a layer is the resnet with its adaptors alone", 2, frames,
                     True)
         for i in (0, 1):
-            yield layer("T-Attn is zero: S-Attn of the resnet's output, with its adaptors", i,
-                        frames, True, 0.0)
-            yield layer("T-Attn reads the resnet's output, not S-Attn's, and nothing is added "
-                        "twice", i, frames, True)
+            yield layer("T-Attn is zero: S-Attn of the resnet's output, with its adaptors, and "
+                        "nothing is added to it", i, frames, True, 0.0)
+            yield layer("layer i's S-Attn and T-Attn both read the resnet's output, and their "
+                        "sum is returned", i, frames, True)
 
 
 @cases
@@ -1127,12 +1133,13 @@ def averaged(says: str, decay: float, steps: int) -> None:
 
 @grader
 def exercise_13_the_first_step_is_mostly_the_weight():
-    averaged("the decay of step 1 is 2 / 11", 0.999, 1)
+    averaged("each average moves towards its weight, the decay of step 1 is 2 / 11", 0.999, 1)
 
 
 @grader
 def exercise_13_the_decay_rises_with_each_step():
-    averaged("the decay of step n is (1 + n) / (10 + n) while that is less than d", 0.999, 12)
+    averaged("n counts steps, the decay of step n is (1 + n) / (10 + n) while less than d", 0.999,
+             12)
 
 
 @grader
