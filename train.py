@@ -155,7 +155,8 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
                 row = {"stage": stage.name, "step": done, "loss": f"{total[0]:.6f}",
                        "learning_rate": f"{optimizers[0].param_groups[0]['lr']:.3e}",
                        "seconds": f"{time.time() - started:.2f}", **describe_bins(bins)}
-                if s.sample_every and (done == stage.steps or done % s.sample_every == 0):
+                if s.sample_every and (done == stage.steps
+                                       or done % s.sample_every == 0 and not stop):
                     with average.applied():
                         row["held_out_loss"] = f"{held_out_loss(stage, data, step):.6f}"
                         draw_picture(out / "samples" / f"{stage.name}-{done:06d}.png", stage, data)
@@ -167,6 +168,11 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
                 if process_count() > 1:
                     dist.all_reduce(total)  # waits for the save: torchrun ends all after the first
                 raise KeyboardInterrupt
+        late = torch.tensor(len(stop))  # signals that came while the last step was being saved
+        if process_count() > 1:
+            dist.all_reduce(late)
+        if late:
+            raise KeyboardInterrupt
     average.copy_to_weights()
     stage.finish(data.clips)
 

@@ -179,6 +179,35 @@ def test_a_stopped_and_resumed_run_ends_with_the_very_weights_of_an_undisturbed_
     assert [r["loss"] for r in rows("stopped")] == [r["loss"] for r in rows(whole)]
 
 
+@pytest.mark.parametrize("stop, drawn", [(1, []), (2, [2])])
+def test_who_stops_a_run_waits_for_no_picture_but_the_last_of_a_stage(stop, drawn, monkeypatch):
+    steps = []
+    pictures = []
+    monkeypatch.setattr(train, "loss_by_timestep_bin", lambda *_: (
+        steps.append(0), len(steps) == stop and os.kill(os.getpid(), signal.SIGTERM),
+        torch.zeros(2, runs.BINS))[2])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: 0.0)
+    monkeypatch.setattr(train, "draw_picture", lambda path, *_: pictures.append(path.name))
+    with pytest.raises(InputError, match="stopped; go on"):
+        train.main([*SHORT, "--sample-every", "1", "--out", "stopped"])
+    assert pictures[stop - 1 :] == [f"vae-{step:06d}.png" for step in drawn]
+
+
+def test_a_stop_while_the_last_step_of_a_stage_is_saved_is_heard(whole, monkeypatch):
+    save_run = train.save_run
+
+    def stopped(out, stage, step, *rest):
+        save_run(out, stage, step, *rest)
+        if (stage.name, step) == ("image", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="stopped; go on"):
+        patched.setattr(train, "save_run", stopped)
+        train.main([*SHORT, "--out", "stopped"])
+    train.main(["--resume", "--out", "stopped", "--device", "cpu"])
+    assert equal(weights(whole), weights("stopped"))
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_log_says_every_step_once(
         whole, monkeypatch):
     append_log = train.append_log
