@@ -84,7 +84,9 @@ def build_copy(numbers: list[int]) -> dict[Path, bytes]:
         error = f'NotImplementedError("exercise {exercise.number}: {exercise.source}")'
         files[Path(exercise.file)] = f"{before}{indent}raise {error}\n{after}".encode()
     handout = INTRODUCTION + "".join(exercise.text for exercise in chosen)
-    settings = (ROOT / "pytest.ini").read_bytes() + b"addopts = -q --tb=short\n"
+    asked = " or ".join(f"exercise_{exercise.number:02d}" for exercise in chosen)
+    settings = (ROOT / "pytest.ini").read_bytes()
+    settings += f'addopts = -q --tb=short -k "{asked}"\n'.encode()
     return {**files, Path("EXERCISES.md"): handout.encode(), Path("pytest.ini"): settings,
             Path("README.md"): (ROOT / "course/student.md").read_bytes()}
 

@@ -72,7 +72,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", (ROOT / "course/isolated.py").read_text("utf-8"), str(end)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[end],
-                cwd=tempfile.gettempdir(), start_new_session=True,
+                cwd="/", start_new_session=True,
                 env={**keep, "PYTHONPATH": os.pathsep.join(own), "CUDA_VISIBLE_DEVICES": "",
                      "OMP_NUM_THREADS": "1"})
             os.close(end)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import ShapesDataset
 from magicvideo import MagicVideo
@@ -22,7 +23,7 @@ def fit(unet: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], shape: tuple[
     (f, 4, h, w).
     """
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    for _ in range(STEPS):
+    for _ in tqdm(range(STEPS), disable=None):
         value = loss(torch.randint(1000, (4,)), torch.randn(4, *shape)).mean()
         optimizer.zero_grad()
         value.backward()

@@ -55,11 +55,11 @@ def test_the_copy_has_blanks_and_no_solution_and_nothing_it_names_is_missing(tmp
             assert len(line.strip()) < 30 or line.strip() not in "".join(texts.values()), line
 
 
-def test_the_handout_has_equations_questions_points_and_six_to_eight_hours():
+def test_the_handout_has_equations_questions_minutes_and_100_points():
     text = assignment.build_copy([e.number for e in EXERCISES])[Path("EXERCISES.md")].decode()
     assert text.count("\n$$") == text.count("*Question.*") == text.count("\n## ") == len(EXERCISES)
     assert sum(exercise.points for exercise in EXERCISES) == 100
-    assert 6 * 60 <= sum(map(int, re.findall(r"(\d+) minutes", text))) <= 8 * 60
+    assert len(re.findall(r"\d+ minutes", text)) == len(EXERCISES)
     answers = (ROOT / "course/answers.md").read_text("utf-8")
     assert len(re.findall(r"^\d+\. ", answers, re.MULTILINE)) == len(EXERCISES)
     some = assignment.build_copy(assignment.exercise_numbers("4, 14"))
@@ -232,8 +232,9 @@ os.kill(os.getpid(), 9)""",
     "leaves something for the next": """
 import os, site, sys
 for folder in {*sys.path, "/tmp", "/dev/shm", os.path.expanduser("~")}:
-    try: open(f"{folder}/sitecustomize.py", "w").write("raise SystemExit")
-    except OSError: pass""",
+    for name in ("sitecustomize", "json"):
+        try: open(f"{folder}/{name}.py", "w").write("raise SystemExit")
+        except OSError: pass""",
     "takes all memory": "x = bytearray(10**11)",
     "ends": "import sys; sys.exit()",
     "sends without end": """
@@ -257,8 +258,13 @@ def test_a_cheat_has_no_points_and_harms_nobody(worker, right, tmp_path, cheat):
     (test,) = grade.grade(worker, right, tmp_path / "cheat", [4])["tests"]
     assert test["score"] == 0, test["output"]
     assert before == [path.read_bytes() for path in sorted(ROOT.glob("tests/test_e*"))]
+    if "next" in cheat:
+        worker.__exit__()  # the next process starts where something may have been left
     (test,) = grade.grade(worker, right, tmp_path / "right", [4])["tests"]
-    assert test["score"] == test["max_score"] == 6
+    for folder in ("/tmp", "/dev/shm"):
+        for name in ("sitecustomize", "json"):
+            Path(folder, f"{name}.py").unlink(missing_ok=True)
+    assert test["score"] == test["max_score"]
     assert not [*tmp_path.glob("*/results.json")]
 
 
@@ -339,9 +345,10 @@ def test_the_command_grades_folders_passes_over_strays_and_loses_no_results(
     grade.main([folders[1], "--only", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert "stray.txt: passed over" in lines[0] and lines[-1].split()[1:] == ["0.0", "0.0"]
-    assert [line.split()[1:] for line in lines[2:4]] == [["6.0", "9.0", "15.0"],
-                                                         ["0.0", "9.0", "9.0"]]
-    for name, score in (("out/a", 6), ("out/b", 0), ("b", 0)):
+    four, five = (exercise.points for exercise in EXERCISES[3:5])
+    assert [[float(word) for word in line.split()[1:]] for line in lines[2:4]] == [
+        [four, five, four + five], [0, five, five]]
+    for name, score in (("out/a", four), ("out/b", 0), ("b", 0)):
         results = json.loads((tmp_path / name / "submission/results.json").read_text())
         assert results["tests"][0]["score"] == score and "unet3d.py: taken" in results["output"]
     assert not (tmp_path / "victim").exists()
@@ -355,7 +362,8 @@ def test_exercise_15_has_points_only_when_all_files_are_handed_in(worker, right,
         (tmp_path / missing).unlink()
         tests = grade.grade(worker, right, tmp_path, [11, 15, 16])["tests"]
         scores[missing] = [test["score"] for test in tests]
-    assert scores == {"overfit.py": [4, 5, 0], "vae.py": [0, 0, 0]}
+    posterior, whole = EXERCISES[10].points, EXERCISES[14].points
+    assert scores == {"overfit.py": [posterior, whole, 0], "vae.py": [0, 0, 0]}
     assert "vae.py not handed in" in tests[1]["output"]
 
 
@@ -384,7 +392,7 @@ def test_the_bundle_for_gradescope_grades_by_itself(tmp_path):
     script = script.replace("/opt/grade/bin/python", sys.executable)
     subprocess.run(["bash", "-e"], input=script, text=True, check=True)
     (test,) = json.loads((tmp_path / "results/results.json").read_text())["tests"]
-    assert test["score"] == test["max_score"] == 6
+    assert test["score"] == test["max_score"]
 
 
 def test_results_that_may_not_be_written_stop_nobody(worker, tmp_path, capsys):
@@ -394,5 +402,5 @@ def test_results_that_may_not_be_written_stop_nobody(worker, tmp_path, capsys):
     (tmp_path / "one/results.json").mkdir()
     grade.main([str(tmp_path / "one"), str(tmp_path / "two"), "--only", "4"])
     assert "no results.json" in capsys.readouterr().out
-    assert json.loads((tmp_path / "two/results.json").read_text())["tests"][0]["score"] == 6
+    assert json.loads((tmp_path / "two/results.json").read_text())["tests"][0]["score"] == EXERCISES[3].points
     assert len([*(tmp_path / "one").iterdir()]) == 2
