@@ -49,10 +49,11 @@ def start(out: Path, prepare=lambda: None) -> int:
         prepare()
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else FLAGS
         try:
-            train.main([*resume, "--out", str(out), "--device", "cpu"])
+            runs.run_command("train.py", lambda: train.main(
+                [*resume, "--out", str(out), "--device", "cpu"]))
             status = 0
-        except train.InputError:
-            status = 2
+        except SystemExit as ended:
+            status = ended.code
     os._exit(status)
 
 

@@ -1,6 +1,7 @@
 """The bottom of the house: files of a run, the log, devices, processes, optimizers, averages."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -130,6 +131,15 @@ def test_a_mistake_ends_with_status_2_and_one_line_that_names_a_later_process(ca
         said = capsys.readouterr().err
         assert ended.value.code == 2 and said.startswith(line) and said.count("\n") == 1
     assert slept == [1]  # the first process speaks first, and ends the others
+
+
+def test_a_command_that_is_terminated_says_so_as_after_ctrl_c(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        runs.run_command("sample.py", lambda: signal.raise_signal(signal.SIGTERM))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "sample.py: stopped, nothing written\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
