@@ -79,7 +79,7 @@ MUTATIONS = [
     ("tiny.py", "3.4445 * x", "3.0 * x", "tiny"),
     ("tiny.py", "momentum: float = 0.95", "momentum: float = 0.9", "tiny"),
     ("tiny.py", "max(1, rows / columns) ** 0.5", "max(1, columns / rows) ** 0.5", "tiny"),
-    ("cascade.py", "top : top + side, left : left + side", "left : left + side, top : top + side",
+    ("cascade.py", "top : top + side, left : left + side", "top : top + side, top : top + side",
      "cascade"),
     ("cascade.py", "SAMPLE_AUG_LEVEL = 1 ", "SAMPLE_AUG_LEVEL = 5 ", "cascade"),
     ("cascade.py", "noise = draw.normal(1, 3, side, side).to(frames)", "noise = eps", "cascade"),
