@@ -39,6 +39,16 @@ def test_a_u_net_in_bfloat16_samples_nearly_the_same_clip_in_float32(model):
     assert found.dtype == torch.float32 and 0 < (found - expected).std() < 0.1 * expected.std()
 
 
+def test_encoding_gives_scaled_means_in_the_type_of_the_vae_whatever_the_u_nets(model):
+    videos = torch.rand(1, 4, 3, 16, 16) * 2 - 1
+    mean, _ = model.vae.encode(videos)
+    model.unet.bfloat16()
+    found = model.encode(videos.double())
+    model.unet.float()
+    assert model.config.vae.scaling_factor != 1
+    assert torch.equal(found, model.config.vae.scaling_factor * mean)
+
+
 @pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}])
 def test_a_seed_gives_one_clip_bit_for_bit_whatever_its_neighbours(model, options):
     sample = partial(model.sample, steps=3, **options)
@@ -55,6 +65,11 @@ def test_a_seed_gives_one_clip_bit_for_bit_whatever_its_neighbours(model, option
 def test_every_argument_of_sampling_has_an_effect(model, changes):
     plain = model.sample(PROMPT, steps=3)
     assert not close(plain, model.sample(**{"prompts": PROMPT, "steps": 3, **changes}), 1e-3)
+
+
+def test_steps_are_the_models_own_unless_given(model, monkeypatch):
+    monkeypatch.setattr(model.config, "steps", 3)
+    assert torch.equal(model.sample(PROMPT), model.sample(PROMPT, steps=3))
 
 
 def test_guidance_is_the_models_own_unless_given_and_changes_nothing_without_text(model):
@@ -126,6 +141,7 @@ BROKEN = {
         config=state["config"].replace('"groups"', '"crews"'))),
     "no levels": lambda path: edit(path, lambda state: state.update(
         config=state["config"].replace('"channels": [8, 16]', '"channels": []'))),
+    "another format": lambda path: edit(path, lambda state: state.update(version=2)),
     "no merges": lambda path: edit(path, lambda state: state.update(merges=["x", "y z q"])),
     "without adaptors": lambda path: edit(path, lambda state: state.update(
         weights={name: p for name, p in state["weights"].items() if "adaptor" not in name})),

@@ -366,6 +366,18 @@ def test_every_stage_draws_a_picture_of_held_out_clips(name, shape):
         assert torch.equal(rows[:, 2], torch.stack([item["video"][0] for item in items]))
 
 
+def test_new_frames_are_drawn_at_the_rate_of_the_keys_a_quarter_of_the_clips():
+    stage, _ = make("interpolate")
+    assert stage.rate_multiplier == 4
+    rates = []
+    sample = stage.network.sample
+    stage.network.sample = lambda keys, context, fps: rates.append(fps) or sample(
+        keys, context, fps, steps=1)
+    with torch.no_grad():
+        stage.picture([{**ShapesDataset("test", 5, 32, rate_multiplier=4)[0], "fps": 32.0}])
+    assert rates == [8.0]
+
+
 def test_stage_vae_hands_on_latents_of_standard_deviation_one_and_others_no_scale():
     stage, clips = make("vae")
     stage.finish(clips)

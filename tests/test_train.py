@@ -25,7 +25,7 @@ import stages
 import train
 from clip_files import write_clip
 from conftest import close, tinier
-from data import ShapesDataset
+from data import ShapePictures, ShapesDataset
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
 from runs import EMA, InputError, load_checkpoint
 from unet3d import is_video_parameter
@@ -568,6 +568,19 @@ def test_the_held_out_loss_is_the_mean_of_24_clips_in_micro_batches_of_a_steps_s
         losses.append(train.held_out_loss(stage, train.Data(clips, held_out), 0))
     assert sizes == [24] + 8 * [3]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_held_out_loss_of_single_frames_is_that_of_clips_and_of_pictures():
+    captions = []
+    for name in ("image", "video"):
+        stage, clips = make_stage(name, batch_size=24)
+        forward = stage.forward
+        stage.forward = lambda batch, draw, forward=forward: captions.extend(
+            batch.captions) or forward(batch, draw)
+        data = train.Data(clips, ShapesDataset("test", 4, 32), clips, ShapePictures("test", 32))
+        train.held_out_loss(stage, data, 0)
+    words = [len(caption.split()) for caption in captions]  # "a red circle", "... growing"
+    assert len(words) == 48 and words[:24].count(3) == 12 and words[24:].count(3) == 0
 
 
 @pytest.mark.parametrize("size, count, processes, sizes", [
