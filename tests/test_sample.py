@@ -67,12 +67,17 @@ def test_one_seed_writes_one_file_and_another_seed_another(model):
     assert one == two != three
 
 
-def test_key_frames_are_interpolated_and_enlarged_also_with_the_highest_seed(model):
+def test_key_frames_are_interpolated_and_enlarged_also_with_the_highest_seed(model, monkeypatch):
     seed = str(2**32 - 1)
+    seeds = []
+    for network in (cascade.Interpolator, cascade.Upscaler):
+        monkeypatch.setattr(network, "sample", lambda *given, seed, sample=network.sample: (
+            seeds.append(seed) or sample(*given, seed=seed)))
     run(model, "a red circle", "a blue square", "--out", "all.webp", "--seed", seed,
         "--interpolate", "--upscale")
     pictures, rate = read_clip("all.webp")
     assert pictures.shape == (13, 64, 2 * 64 + 2, 3) and rate == pytest.approx(32, rel=0.02)
+    assert seeds == [2**32 - 1] * 2
 
 
 def test_without_checkpoint_the_newest_run_is_taken_and_without_runs_the_way_is_said(model, capsys):

@@ -156,8 +156,9 @@ def test_old_names_of_the_vae_and_of_the_text_encoder_are_read(original, folder)
         assert same(image_weights(folder), expected)
 
 
-@pytest.mark.parametrize("size", [None, [8, 8]])
-def test_sizes_that_are_null_or_lists_are_stable_diffusions_own(original, folder, size):
+@pytest.mark.parametrize("size", [None, [8, 8], 999])
+def test_sizes_that_are_null_or_lists_are_stable_diffusions_own_and_none_is_above_the_papers(
+        original, folder, size):
     edit(folder / "unet/config.json", sample_size=size)
     edit(folder / "vae/config.json", scaling_factor=None)
     config = MagicVideo.from_stable_diffusion(folder).config
