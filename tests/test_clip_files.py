@@ -36,6 +36,14 @@ def test_a_picture_becomes_as_many_frames_as_its_time_holds_the_shortest(tmp_pat
     assert rate == pytest.approx(7 / 0.87)
 
 
+def test_smaller_pictures_have_the_means_of_what_they_cover(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    pictures, _ = read_clip(tmp_path / "a.png", size=8)
+    assert pictures.shape == (1, 8, 8, 3) and abs(pictures.astype(int) - 127).max() < 20
+
+
 def test_one_picture_in_twenty_may_be_a_glitch_and_two_may_not():
     ms = Fraction(1, 1000)
     for count, glitches, rate in ((20, 1, 25), (40, 2, 25), (20, 3, 100)):

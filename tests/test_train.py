@@ -146,8 +146,12 @@ def test_model_pt_written_in_the_middle_of_stage_vae_has_its_measured_scale(monk
     save = MagicVideo.save
     monkeypatch.setattr(MagicVideo, "save", lambda model, path: seen.append(
         model.config.vae.scaling_factor) or save(model, path))
+    trained = []
+    forward = stages.Vae.forward
+    monkeypatch.setattr(stages.Vae, "forward", lambda stage, *given: trained.append(
+        stage.model.config.vae.scaling_factor) or forward(stage, *given))
     train.main([*SHORT, "--stage", "vae", "--out", "vae", "--save-every", "1"])
-    assert len(seen) == 3 and 0.18215 not in seen
+    assert len(seen) == 3 and 0.18215 not in seen and trained == [0.18215] * 2
     model = MagicVideo.load("vae")
     clips = ShapesDataset("train", 4, 32)
     z = torch.cat([model.encode(item["video"][None]) for item in stages.spread([clips], 64)])
