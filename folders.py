@@ -233,7 +233,8 @@ def read_table(table: Path) -> Iterator[tuple[int, str, list[str]]]:
         texts = texts if isinstance(texts, list) else [texts]
         is_text = all(isinstance(text, str) for text in [name, *texts])
         if not name or not is_text or isinstance(row.get("more"), list):
-            found = ", ".join(f"{key}: {value!r:.40}" for key, value in row.items())
+            found = ", ".join(f"{' '.join(key.split()):.40}: {value!r:.40}"
+                              for key, value in row.items())
             raise InputError(f"{table}: line {line} must have file_name and text (in quotes where "
                              f"it has commas); it has {found or 'neither':.200}")
         yield line, name, texts

@@ -283,7 +283,8 @@ def test_a_row_that_names_a_file_outside_the_folder_is_refused(tmp_path, video):
 
 def test_messages_of_tables_stay_short(tmp_path, video):
     folder_of(tmp_path, video, "a.gif")
-    for row in ({"file_name": "x" * 15_000, "text": "y"}, {"z" * 15_000: "y" * 15_000}):
+    for row in ({"file_name": "x" * 15_000, "text": "y"}, {"z" * 15_000: "y" * 15_000},
+                {"z\nz": "y\ny"}):
         (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
         with pytest.raises(InputError, match="^.{,400}$"):
             ClipFolder(tmp_path, 2, 16)
