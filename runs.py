@@ -179,10 +179,10 @@ def run_command(name: str, main: Callable) -> None:
     torch.set_flush_denormal(True)  # many weights come near zero, which makes a CPU slow
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     rank = process_rank()
-    before = signal.getsignal(signal.SIGTERM)
+    before = None
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and "WORLD_SIZE" not in os.environ:  # processes that wait for others end at once
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except (InputError, OSError, ModuleNotFoundError) as error:
@@ -196,7 +196,7 @@ def run_command(name: str, main: Callable) -> None:
             print(f"{name}: stopped, nothing written", file=sys.stderr)
         sys.exit(130)
     finally:
-        if is_main:
+        if before is not None:
             signal.signal(signal.SIGTERM, before)
 
 
