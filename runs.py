@@ -251,6 +251,20 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
                      f"use fp32")
 
 
+def free_memory(device: torch.device) -> float:
+    """Return how much memory is free on a device, in GB; infinity where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    free = math.inf
+    with suppress(OSError, ValueError, StopIteration):  # Linux alone; a container may have less
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) / 1e6 for line in lines if "MemAvailable" in line)
+        folder = Path("/sys/fs/cgroup")
+        used, most = ((folder / f"memory.{kind}").read_text() for kind in ("current", "max"))
+        free = min(free, (int(most) - int(used)) / 1e9)
+    return free
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use, which can be fewer than the machine has."""
     cores = os.cpu_count() or 1

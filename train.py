@@ -30,9 +30,10 @@ from clip_files import film_strip, write_clip
 from data import ClipDataset, ClipFolder, Data, open_data, open_pictures
 from magicvideo import PRESETS, MagicVideo
 from runs import (BINS, EMA, InputError, append_log, autocast, build_optimizers, claim_folder,
-                  join_processes, leave_processes, load_checkpoint, lowest_held_out_loss,
-                  pick_device, plot_losses, process_count, process_rank, read_log, run_command,
-                  save_checkpoint, set_learning_rates, start_processes, stop_signals, usable_cores)
+                  free_memory, join_processes, leave_processes, load_checkpoint,
+                  lowest_held_out_loss, pick_device, plot_losses, process_count, process_rank,
+                  read_log, run_command, save_checkpoint, set_learning_rates, start_processes,
+                  stop_signals, usable_cores)
 from stages import BASE_STAGES, STAGES, Draw, Source, Stage, encode_clips, mix, spread
 
 # --------------------------------------------------------------------------------------------------
@@ -401,13 +402,13 @@ def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
     return stages
 
 
-def scale_steps(s: Settings, overrides: dict, count: int) -> Settings:
+def scale_steps(s: Settings, overrides: dict, count: int, stages: list[type[Stage]]) -> Settings:
     """Shorten the stages for fewer than 1,000 items, to a quarter at least, and say so (ours).
 
     Ten clips do not need the hours of thousands. A number of steps that a flag gives stays.
     """
     share = min(1, max(0.25, (count / 1000) ** 0.5))
-    names = [name for name in ("vae_steps", "image_steps", "video_steps", "cache")
+    names = [name for name in [*(f"{stage.name}_steps" for stage in stages), "cache"]
              if name not in overrides]
     if share < 1 and names and process_rank() == 0:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
@@ -490,6 +491,31 @@ def estimate_minutes(stage: Stage, clips: ClipDataset) -> float:
     return (time.time() - started) * len(shards) * stage.steps / 60
 
 
+def estimate_memory(stage: Stage, clips: ClipDataset) -> float:
+    """Add up what this process needs for a micro-batch, judged by a single item of it -> GB.
+
+    What the backward pass keeps, and of each weight that learns its gradient, its moving average
+    and two moments. Torch itself and what is freed at once come on top.
+    """
+    size, frames = stage.plan_batch(stage.steps - 1, clips.frames)
+    count = len(range(size)[micro_batches(size, stage.s.accumulate)[0]])
+    sizes = {}  # of storages, by address: several tensors can share one
+
+    def pack(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    draw = Draw(torch.Generator(), 1)
+    batch = stage.batch([clips[0]], draw, frames)
+    with (autocast(stage.model.device, stage.s.precision),
+          torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)):
+        errors, _ = stage(batch, draw)  # as long as it lives no address is used twice
+    for p in stage.parameters():
+        sizes.pop(p.data_ptr(), None)
+    learning = sum(p.nbytes for p in stage.chosen().values())
+    return (count * sum(sizes.values()) + 4 * learning) / 1e9
+
+
 def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> None:
     """Train the stages of a run, write its model, and say where everything is."""
     say = print if process_rank() == 0 else lambda text: None
@@ -500,6 +526,11 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
     if resumed:
         stages = stages[[stage.name for stage in stages].index(resumed["stage"]) :]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
+    needed = max(estimate_memory(stage, data.clips) for stage in stages)
+    free = free_memory(model.device) / (1 if model.device.type == "cuda" else process_count())
+    if needed > free:
+        say(f"about {needed:.1f} GB of memory for each process, and {free:.1f} GB are free; "
+            f"--accumulate 2 or more, --gradient-checkpointing or a smaller --batch-size takes less")
     minutes = {}
     if not resumed and sum(stage.steps for stage in stages) > 100:
         minutes = {stage.name: estimate_minutes(stage, data.clips) for stage in stages}
@@ -559,7 +590,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
         raise InputError(f"{folders}: these are not the clips this run started with; name a folder "
                          f"with the same")
     if not resumed and s.data != "shapes":
-        s = scale_steps(s, overrides, sum(map(len, data.trained())))
+        s = scale_steps(s, overrides, sum(map(len, data.trained())), classes)
     torch.manual_seed(s.seed)
     captions = [caption for source in data.trained() for caption in source.captions]
     model = (model or new_model(s, captions)).train()

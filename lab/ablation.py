@@ -15,8 +15,10 @@ command that was stopped goes on with the run that it was at, and several comman
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -28,7 +30,7 @@ import torch
 
 import train
 from clip_files import film_strip, write_clip
-from data import COLORS, MOTIONS, SHAPES
+from data import COLORS, MOTIONS, SHAPES, shape_captions
 from diffusion import Diffusion
 from lab import evaluate
 from lab.judge import LABELS, balanced_prompts, count, judge
@@ -37,7 +39,7 @@ from runs import InputError, read_log
 from sample import SHIPPED
 from tiny import StaggeredDiffusion
 
-MOVING_COLORS = ("red", "green", "blue", "white")  # of the clips of claim "pictures"
+FOUR_COLORS = "red|green|blue|white"
 
 
 def literal(model: MagicVideo) -> None:
@@ -78,6 +80,7 @@ class Variant(NamedTuple):
     has_image_stage: bool = True  # else stage video has its steps too
     video: tuple[str, ...] = ()  # flags of stage video
     objective: dict = {}  # what StaggeredDiffusion has otherwise
+    moving: str = FOUR_COLORS  # of claim "pictures": what the clips show, any of these words
 
 
 def frozen(names: str) -> tuple[str, str]:
@@ -97,6 +100,8 @@ CLAIMS = {
         "the same, new parts alone": Variant(
             video=("--picture-every", "0", "--trainable", "adaptor|temporal|fps")),
         "stage video alone": Variant(has_image_stage=False, video=("--picture-every", "0")),
+        "two colors move": Variant(video=("--picture-every", "10"), moving="red|blue"),
+        "two shapes move": Variant(video=("--picture-every", "10"), moving="circle|square"),
     },
     "objective": {
         "the paper's": Variant(alter=(equal_noise,)),
@@ -149,16 +154,25 @@ def new_model(seed: int, variant: Variant) -> MagicVideo:
     return model
 
 
+def run_folder(name: str, seed: int, out: Path) -> Path:
+    """Name the folder of a run: variants that are the same, of any claims, share one."""
+    variants = {name: variant for claim, variants in CLAIMS.items()
+                if claim not in ("pictures", "flicker") for name, variant in variants.items()}
+    shared = [other for other in variants if variants[other] == variants.get(name)]
+    return out / f"{shared[0] if shared else name}-{seed}".replace(" ", "-")
+
+
 def train_variant(variant: Variant, name: str, seed: int, out: Path, data: list[str],
                   flags: argparse.Namespace) -> MagicVideo:
     """Train a variant by stages image and video; variants share what they have in common."""
-    folder = out / f"{name}-{seed}".replace(" ", "-")
+    folder = run_folder(name, seed, out)
     start = Path(f"{folder}.pt")
     common = [*data, "--seed", seed]
     steps = flags.steps
     if variant.has_image_stage:
+        moving = [variant.moving] if variant.moving != FOUR_COLORS else []
         kind = "-".join(["image", *(alter.__name__ for alter in variant.alter),
-                         *variant.objective, str(seed)])
+                         *variant.objective, *moving, str(seed)])
         image_start = out / f"{kind}.pt"
         image_start.parent.mkdir(parents=True, exist_ok=True)
         if not image_start.exists():
@@ -188,7 +202,7 @@ def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: s
 def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
     """Train a variant and count, for each group of captions, which words are right."""
     variant = CLAIMS[claim][name]
-    folder = out / f"{name}-{seed}".replace(" ", "-")
+    folder = run_folder(name, seed, out)
     if claim == "flicker":
         model = train_once(folder, "--stage", "vae", "--seed", seed, "--vae-steps", flags.steps,
                            *variant.video)
@@ -200,15 +214,18 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
         prompts = balanced_prompts("test") * 3
         return {"held-out captions": judge_captions(model, prompts, folder, "held-out", flags),
                 "held-out loss": loss}
-    captions = {"colors of clips": [], "colors of pictures alone": []}
-    for color in COLORS:
-        group = "colors of clips" if color in MOVING_COLORS else "colors of pictures alone"
-        captions[group] += [f"a {color} {shape} {motion}" for shape in SHAPES for motion in MOTIONS]
+    captions = {"what clips showed": [], "what only pictures showed": []}
+    for words in product(COLORS, SHAPES, MOTIONS):
+        caption = "a {} {} {}".format(*words)
+        is_moving = re.search(variant.moving, caption)
+        group = "what clips showed" if is_moving else "what only pictures showed"
+        captions[group].append(caption)
     out.mkdir(parents=True, exist_ok=True)
-    held_out = [*captions["colors of pictures alone"],
-                *(c for c in balanced_prompts("test") if c.split()[1] in MOVING_COLORS)]
-    (out / "held_out.txt").write_text("\n".join(held_out))
-    data = ["--images", "shapes", "--data", "shapes", "--held-out", out / "held_out.txt"]
+    held_out = [*captions["what only pictures showed"],
+                *(c for c in shape_captions("test") if re.search(variant.moving, c))]
+    names = out / f"held_out-{variant.moving.replace('|', '-')}.txt"
+    names.write_text("\n".join(held_out))
+    data = ["--images", "shapes", "--data", "shapes", "--held-out", names]
     model = train_variant(variant, name, seed, out, data, flags)
     return {group: judge_captions(model, prompts, folder, group.replace(" ", "-"), flags)
             for group, prompts in captions.items()}

@@ -7,9 +7,11 @@ operations a value) are left out, and so is what a mask saves.
 
 import argparse
 import re
+import resource
 import statistics
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from lab.results import check_ranges, report, run_command  # before torch: sets how threads wait
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import train
 from clip_text import CLIPTextEncoder
+from data import ShapesDataset
 from magicvideo import PRESETS, MagicVideo, MagicVideoConfig
 from runs import pick_device
+from stages import STAGES
 from unet3d import UNet3D
 from vae import VideoVAE
 
@@ -173,17 +178,52 @@ def time_sampling(config: MagicVideoConfig, rounds: int, device: torch.device) -
     return statistics.median(seconds[1:])
 
 
+def training_step(frames: int, size: int, batch_size: int) -> dict:
+    """Take two steps of stage video of preset laptop, by one process of its own, on a CPU."""
+    config = replace(PRESETS["laptop"], size=size)
+    config.unet = replace(config.unet, frames=frames)
+    model = MagicVideo(config, MagicVideo.from_preset("laptop").tokenizer).train()
+    settings = {**train.PRESET_SETTINGS["laptop"], "batch_size": batch_size, "video_steps": 2}
+    stage = STAGES["video"](model, train.Settings(**settings))
+    clips = ShapesDataset("train", frames, size)
+    estimate = train.estimate_memory(stage, clips)
+    optimizers, average = train.make_optimizers_and_average(stage, None)
+    for step in range(2):  # the last counts
+        started = time.perf_counter()
+        batch, draw = stage.read([clips], step, batch_size, frames, slice(None))
+        stage(batch, draw)[0].mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update()
+    return {"frames": frames, "side": size, "seconds a step": time.perf_counter() - started,
+            "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "estimated": estimate}
+
+
+def grow(batch_size: int) -> list[dict]:
+    """Measure time and memory of training steps as clips become longer and larger."""
+    sizes = [(frames, size) for size in (64, 96, 128) for frames in (8, 16, 32)]
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return [pool.apply(training_step, (*size, batch_size))
+                for size in tqdm(sizes, disable=None)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the counts of every preset and the times of one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=12, help="of timing; 0 = counts alone (12)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="to be timed (tiny)")
+    parser.add_argument("--grow", action="store_true", help="instead: time and memory of training "
+                        "on 8 to 32 frames of 64 to 128 pixels, preset laptop")
     parser.add_argument("--batch-size", type=int, default=16, help="clips of a training step (16)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--out", default="evaluation", help="folder of the numbers (evaluation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, rounds=(0, 10**6), batch_size=(1, 10**6))
     device = pick_device(flags.device)
+    if flags.grow:
+        report(Path(flags.out) / "grow.json", flags, {"rows": grow(flags.batch_size)})
+        return
     found = {name: count(config) for name, config in PRESETS.items()}
     found["ratio"] = ratio_to_pixels()
     if flags.rounds:

@@ -18,13 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cascade
+from clip_files import MAX_FRAMES, film_strip, write_clip
 from data import ClipFolder, ShapesDataset
-from runs import InputError
 from lab.fvd import frechet_distance, i3d_features, load_i3d
 from lab.judge import balanced_prompts, confusions, count, judge, table_rows
 from magicvideo import MagicVideo
-from runs import pick_device
-from clip_files import film_strip, write_clip
+from runs import InputError, pick_device
 
 
 def prompt_accuracy(model: MagicVideo, flags: argparse.Namespace) -> dict:
@@ -58,14 +57,17 @@ def sample_prompts(model: MagicVideo, prompts: list[str], flags: argparse.Namesp
 
 
 def real_clips(model: MagicVideo, flags: argparse.Namespace, seed: int = 0,
-               fps: float | None = None) -> list[dict]:
-    """Cut at most --clips held-out clips at `fps`, of shapes or of a folder."""
-    cut = (model.config.unet.frames, model.config.size, flags.seed + seed, fps or flags.fps)
+               fps: float | None = None, frames: int = 0, scale: int = 1,
+               rate_multiplier: int = 1) -> list[dict]:
+    """Cut at most --clips held-out clips, of shapes or of a folder: as the model's, unless told."""
+    cut = (frames or model.config.unet.frames, scale * model.config.size, flags.seed + seed,
+           (fps or flags.fps) * rate_multiplier)
     if flags.data == "shapes":
-        clips = ShapesDataset("test", *cut)
-    else:
-        _, clips = open_folder(model, flags, seed).split(flags.held_out)
-    return [clips[i] for i in range(min(len(clips), flags.clips))]
+        clips = ShapesDataset("test", *cut, rate_multiplier=rate_multiplier)
+        return [clips[i] for i in range(min(len(clips), flags.clips))]
+    folder = open_folder(flags, *cut, max_frames=MAX_FRAMES if scale == 1 else cut[0])
+    _, *parts = split(folder, flags.held_out).values()
+    return [part[i] for part in parts for i in range(len(part))][: flags.clips]
 
 
 def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
@@ -73,21 +75,25 @@ def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
 
     No judge's network is asked. top-1 and top-5 tell how often a clip of the caption is the nearest
     or among the five nearest; a row for each list of --words, how often the nearest clip's caption
-    has the word of the prompt. Chance is that of a clip drawn at random. Then PSNR of the VideoVAE.
+    has the word of the prompt. Chance is that of a clip drawn at random. Then how much the samples
+    move, and PSNR of the VideoVAE.
     """
-    folder = open_folder(model, flags)
+    folder = open_folder(flags, model.config.unet.frames, model.config.size, flags.seed, flags.fps)
     real = torch.stack([signature(torch.tensor(folder.pixels[start : start + total]))
                         for start, total, *_ in tqdm(folder.clips, "real clips", disable=None)])
     rows = []
-    for name, part in zip(("trained captions", "held-out captions"), folder.split(flags.held_out)):
+    motion = []
+    for name, part in split(folder, flags.held_out).items():
         captions = [*dict.fromkeys(filter(None, part.captions))]
         if not captions:
             raise InputError(f"--data {flags.data}: no {name}; add some to metadata.csv")
         prompts = captions[:: -(-len(captions) // flags.prompts)]
         videos = sample_prompts(model, prompts, flags, flags.fps)
-        write_clip(Path(flags.out) / f"{name.split()[0]}.png", film_strip(videos[:24])[None], fps=1)
-        frames = ((videos + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2)
-        found = torch.stack([signature(clip) for clip in frames])
+        picture = f"{name.removesuffix(' captions').replace(' ', '-')}.png"
+        write_clip(Path(flags.out) / picture, film_strip(videos[:24])[None], fps=1)
+        cuts = torch.stack([part[part.captions.index(prompt)]["video"] for prompt in prompts])
+        motion.append({"how much moves": name, **compare_motion(prompts, videos, cuts)})
+        found = torch.stack([signature(clip) for clip in to_bytes(videos)])
         nearest = torch.cdist(found, real).argsort(dim=1)  # (prompts, clips)
         for kind, match in matches(flags.words):
             asked = [n for n, prompt in enumerate(prompts) if match(prompt, prompt)]
@@ -97,7 +103,38 @@ def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
             rows.append({"of": name, "kind": kind, "prompts": len(asked),
                          "top-1": float(ranked[:, :1].mean()), "chance": float(agree.mean()),
                          "top-5": float(ranked[:, :5].amax(1).mean())})
-    return {"rows": rows, "reconstruction": reconstruction(model, flags)["rows"]}
+    return {"rows": rows, "motion": motion, "reconstruction": reconstruction(model, flags)["rows"]}
+
+
+def split(folder: ClipFolder, files: list[str]) -> dict[str, ClipFolder]:
+    """Part a folder: clips trained on, and those held out, each file of --held-out by itself."""
+    if len(files) < 2:
+        return dict(zip(("trained captions", "held-out captions"), folder.split(*files)))
+    parts = {Path(file).stem.replace("_", " "): folder.split(file)[1] for file in files}
+    held_out = {name for part in parts.values() for name in part.names}
+    trained = [i for i, name in enumerate(folder.names) if name not in held_out]
+    return {"trained captions": folder.subset(trained), **parts}
+
+
+def compare_motion(prompts: list[str], videos: Tensor, real: Tensor) -> dict:
+    """Divide how much samples (n, f, 3, h, w) move by how much real clips of their captions do.
+
+    Motion is the spread over time, of `signature`; a still has none.
+    """
+    sampled, true = (torch.stack([signature(clip).chunk(2)[1].mean() for clip in to_bytes(clips)])
+                     for clips in (videos, real))
+    ratio = sampled / true.clamp(min=1e-6)
+    low, median, high = torch.quantile(ratio, torch.tensor([0.25, 0.5, 0.75])).tolist()
+    order = [prompts[i] for i in ratio.argsort()]
+    return {"samples": float(sampled.median()), "real clips": float(true.median()),
+            "ratio": median, "quartiles": f"{low:.2f} to {high:.2f}",
+            "0.5 to 2": float(((ratio > 0.5) & (ratio < 2)).float().mean()),
+            "least": ", ".join(order[:3]), "most": ", ".join(order[-3:])}
+
+
+def to_bytes(videos: Tensor) -> Tensor:
+    """Turn videos (n, f, 3, h, w) in [-1, 1] to bytes (n, f, h, w, 3)."""
+    return ((videos.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2)
 
 
 def signature(frames: Tensor) -> Tensor:
@@ -116,10 +153,11 @@ def matches(lists: list[str]) -> list[tuple[str, Callable]]:
             *((words, partial(same_word, {*words.split()})) for words in lists)]
 
 
-def open_folder(model: MagicVideo, flags: argparse.Namespace, seed: int = 0) -> ClipFolder:
-    """Open the clips of --data, cut as the model's are."""
-    return ClipFolder(flags.data, model.config.unet.frames, model.config.size, flags.seed + seed,
-                      flags.fps, flags.frame_store, skip_unusable=True)
+def open_folder(flags: argparse.Namespace, frames: int, size: int, seed: int, fps: float,
+                max_frames: int = MAX_FRAMES) -> ClipFolder:
+    """Open the clips of --data, as many as can be used."""
+    return ClipFolder(flags.data, frames, size, seed, fps, flags.frame_store, max_frames,
+                      skip_unusable=True)
 
 
 def rates(model: MagicVideo, flags: argparse.Namespace) -> dict:
@@ -186,23 +224,26 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace) -> dict:
     network = cascade.build(model, "interpolate")
     gap = cascade.NEW_FRAMES + 1
     length = gap * (model.config.unet.frames - 1) + 1
-    clips = ShapesDataset("test", length, model.config.size, flags.seed, gap * flags.fps,
-                          flags.clips, rate_multiplier=gap)
     times = torch.arange(length) / gap  # of key frames: 0, 1, 2 ...
     is_new = times % 1 > 0
     shares = (1 - (times[:, None] - times[::gap]).abs()).clamp(min=0)  # of a cross-fade, (n, f)
     errors = defaultdict(list)
-    for i in tqdm(range(len(clips)), disable=None):
-        clip = clips[i]
+    rows = []  # of the picture: the real clip, and what each way makes of its key frames
+    clips = real_clips(model, flags, frames=length, rate_multiplier=gap)
+    for i, clip in enumerate(tqdm(clips, disable=None)):
         true = clip["video"]
         keys = model.encode(true[None, ::gap])
         context = model.encode_text([clip["caption"]])
         z = network.sample(keys, context, clip["fps"] / gap, seed=flags.seed + i)
         videos = {"interpolated": model.decode(z)[0].cpu(),
                   "cross-fade": torch.tensordot(shares, true[::gap], dims=1),
+                  "nearest key frame": true[(times + 0.5).long() * gap],
                   "encoded and decoded": model.decode(model.encode(true[None]))[0].cpu()}
         for name, video in videos.items():
             errors[name].append((video - true)[is_new].square().mean())
+        if i % -(-len(clips) // 8) == 0:
+            rows += [video[: 2 * gap + 1] for video in (true, *[*videos.values()][:2])]
+    write_clip(Path(flags.out) / "interpolation.png", film_strip(torch.stack(rows))[None], fps=1)
     return psnr_table(errors)
 
 
@@ -210,17 +251,20 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace) -> dict:
 def upscaling(model: MagicVideo, flags: argparse.Namespace) -> dict:
     """Compare enlarged frames with the true large ones, beside bicubic upsampling."""
     network = cascade.build(model, "upscale")
-    size = cascade.SCALE * model.config.size
-    clips = ShapesDataset("test", 2, size, flags.seed, flags.fps, flags.clips)
     errors = defaultdict(list)
-    for i in tqdm(range(len(clips)), disable=None):
-        true = clips[i]["video"][None, :1].to(model.device)  # (1, 1, 3, 4h, 4w)
+    rows = []
+    clips = real_clips(model, flags, frames=2, scale=cascade.SCALE)
+    for i, clip in enumerate(tqdm(clips, disable=None)):
+        true = clip["video"][None, :1].to(model.device)  # (1, 1, 3, 4h, 4w)
         small = cascade.downsample(true)
-        context = model.encode_text([clips[i]["caption"]])
+        context = model.encode_text([clip["caption"]])
         upscaled = network.sample(small, context, seed=flags.seed + i)
         bicubic = cascade.upsample_bicubic(small).clamp(-1, 1)
         errors["upscaled"].append((upscaled - true).square().mean())
         errors["bicubic"].append((bicubic - true).square().mean())
+        if i % -(-len(clips) // 8) == 0:
+            rows.append(torch.cat([bicubic, upscaled, true], dim=1)[0].cpu())
+    write_clip(Path(flags.out) / "upscaling.png", film_strip(torch.stack(rows))[None], fps=1)
     return psnr_table(errors)
 
 
@@ -236,7 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         measure.add_argument(f"--{name}", dest="measure", action="store_const", const=name,
                              help=function.__doc__.split("\n")[0])
     parser.add_argument("--data", default="shapes", help="a folder of clips (shapes)")
-    parser.add_argument("--held-out", default="", help="file that names the clips held out")
+    parser.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help="name the clips "
+                        "held out; several files are counted each by itself")
     parser.add_argument("--frame-store", default="runs/frames", help="as of train.py (runs/frames)")
     parser.add_argument("--prompts", type=int, default=128, help="of a folder, at most (128)")
     parser.add_argument("--words", nargs="*", default=[], metavar="LIST",
@@ -254,8 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     check_ranges(flags, seeds=(1, 10**6), prompts=(1, 10**6), clips=(1, 10**6), seed=(0, 2**31),
                  steps=(1, 1000), fps=(0.1, 1000))
-    if flags.data != "shapes" and flags.measure not in (None, "reconstruction", "fvd"):
-        raise InputError(f"--{flags.measure}: measures shapes alone; leave --data out")
+    if flags.data != "shapes" and flags.measure == "rates":
+        raise InputError("--rates: measures shapes alone; leave --data out")
     model = MagicVideo.load(flags.checkpoint, pick_device(flags.device))
     stage = {"interpolation": "interpolate", "upscaling": "upscale"}.get(flags.measure)
     if stage and stage not in model.cascade:

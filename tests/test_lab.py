@@ -357,6 +357,15 @@ def test_objectives_differ_in_what_they_are_about_alone(tmp_path, monkeypatch):
                      names[2]: ([400, 500, 600], False, True)}
 
 
+def test_variants_that_are_the_same_share_their_run(tmp_path):
+    alone, paper = (ablation.run_folder(name, 0, tmp_path).name for name in (
+        "temporal alone", "strict, paper's objective"))
+    assert alone == "temporal-alone-0" and paper == "the-paper's-0"
+    shared = {ablation.run_folder(name, 1, tmp_path) for name in (
+        "strict", "with", "both", "stage image, then video", "v, staggered (tiny.py)")}
+    assert len(shared) == 1
+
+
 def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_path, monkeypatch):
     trained = []
 
@@ -370,13 +379,18 @@ def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_pa
     found = []
     monkeypatch.setattr(ablation, "tables", lambda measured: found.append(measured) or {})
     ablation.main(["pictures", *flags, "--seeds", "0", "--variants", "pictures mixed in",
-                   "stage video alone", "the same, text encoder frozen"])
-    (mixed,), (alone,), _ = found[0].values()
+                   "stage video alone", "the same, text encoder frozen", "two shapes move"])
+    (mixed,), (alone,), _, (shapes,) = found[0].values()
     assert mixed == alone and [len(captions) for captions in mixed.values()] == [72, 72]
     moving, still = ({c.split()[1] for c in captions} for captions in mixed.values())
     assert moving == {"red", "green", "blue", "white"} and len(moving | still) == 8
-    image, video, long, again, frozen = trained
+    assert [len(captions) for captions in shapes.values()] == [96, 48]
+    assert not any("triangle" in caption for caption in shapes["what clips showed"])
+    image, video, long, again, frozen, other, shown = trained
     assert image[:2] == ["--stage", "image"] and image == again
+    assert image[3] != other[3]  # its frames are of other clips
+    still = Path(shown[shown.index("--held-out") + 1]).read_text()
+    assert still.count("triangle") == 48 and still.count("circle") == 8
     assert "3" == video[video.index("--video-steps") + 1]
     assert "5" == long[long.index("--video-steps") + 1] and "--picture-every" in long
     assert "^(?!.*(text_encoder))" in frozen
