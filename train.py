@@ -529,8 +529,8 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
     needed = max(estimate_memory(stage, data.clips) for stage in stages)
     free = free_memory(model.device) / (1 if model.device.type == "cuda" else process_count())
     if needed > free:
-        say(f"about {needed:.1f} GB of memory for each process, and {free:.1f} GB are free; "
-            f"--accumulate 2 or more, --gradient-checkpointing or a smaller --batch-size takes less")
+        say(f"about {needed:.1f} GB of memory for each process, where {free:.1f} GB are free; less "
+            f"takes --accumulate 2 or more, --gradient-checkpointing or a smaller --batch-size")
     minutes = {}
     if not resumed and sum(stage.steps for stage in stages) > 100:
         minutes = {stage.name: estimate_minutes(stage, data.clips) for stage in stages}
