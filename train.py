@@ -89,7 +89,8 @@ GPU_SETTINGS = {"cache": 0, "muon_lr": 0.0, "kl_weight": 1e-4, "text_dropout": 0
                 "interpolate_steps": 50_000, "upscale_steps": 50_000}
 PRESET_SETTINGS = {
     "laptop": {"batch_size": 16, "muon_lr": 0.02, "text_dropout": 0.1, "vae_steps": 3500,
-               "image_steps": 2500, "video_steps": 2500, "cache": 6000, "kl_weight": 5e-4},
+               "image_steps": 2500, "video_steps": 2500, "interpolate_steps": 1500,
+               "upscale_steps": 1500, "cache": 6000, "kl_weight": 5e-4},
     "small": {**GPU_SETTINGS, "batch_size": 8, "vae_batch_size": 16, "lr": 2e-4, "ema": 0.9995,
               "warmup": 500, "vae_steps": 30_000, "image_steps": 50_000, "video_steps": 100_000},
     "paper": {**GPU_SETTINGS, "batch_size": 1, "vae_batch_size": 8, "lr": 5e-5, "ema": 0.9999,

@@ -121,6 +121,33 @@ def test_a_stages_minutes_are_those_of_its_steps_and_timing_changes_no_weight(na
     assert equal(before, model.state_dict()) and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_memory_is_estimated_from_one_item_and_grows_with_the_micro_batch(name):
+    model = MagicVideo.from_preset("tiny")
+
+    def needed(**settings) -> float:
+        stage = stages.STAGES[name](model, train.Settings(batch_size=8, vae_batch_size=32,
+                                                          **settings))
+        train.make_optimizers_and_average(stage, None)
+        clips = ShapesDataset("train", stage.clip_frames or 4, 32 * stage.scale)
+        return train.estimate_memory(stage, clips)
+
+    whole, less = needed(), needed(accumulate=4)
+    weights = needed(trainable="conv_in.weight")  # hardly any: the rest is of the backward pass
+    assert 0 < less < whole and weights < whole
+    assert all(p.grad is None for p in model.parameters())
+    if name in ("image", "video"):  # the levels of the U-Net compute their tensors again
+        assert needed(gradient_checkpointing=True) < 0.8 * whole
+
+
+@pytest.mark.parametrize("free, is_said", [(100.0, False), (1e-4, True)])
+def test_a_run_that_will_not_fit_says_which_flags_take_less(free, is_said, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_stage", lambda *arguments: None)
+    monkeypatch.setattr(train, "free_memory", lambda device: free)
+    train.main(SHORT)
+    assert ("less takes --accumulate 2 or more" in capsys.readouterr().out) == is_said
+
+
 def test_the_next_command_is_a_shell_line_whatever_the_caption_holds(capsys):
     caption = """it's a "cat" `touch hacked` $HOME"""
     Path("clips").mkdir()
