@@ -375,6 +375,8 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
         overrides = {"preset": "laptop", **overrides}
     if overrides.get("images", "shapes") != "shapes":
         overrides = {"data": "", **overrides}
+    if overrides.get("stage") in STAGES:
+        overrides = {**STAGES[overrides["stage"]].settings, **overrides}
     s = Settings(**{**PRESET_SETTINGS.get(overrides.get("preset"), {}), **overrides})
     check(s)
     return s, model

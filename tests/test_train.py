@@ -140,6 +140,14 @@ def test_memory_is_estimated_from_one_item_and_grows_with_the_micro_batch(name):
         assert needed(gradient_checkpointing=True) < 0.8 * whole
 
 
+def test_super_resolution_reads_the_first_frames_of_a_clip_unless_told_otherwise():
+    MagicVideo.from_preset("tiny").save("model.pt")
+    for stage, told, read in (("interpolate", {}, 1000), ("upscale", {}, 8),
+                              ("upscale", {"max_frames": 3}, 3)):
+        settings, _ = train.start({"stage": stage, "init_from": "model.pt", **told})
+        assert settings.max_frames == read
+
+
 @pytest.mark.parametrize("free, is_said", [(100.0, False), (1e-4, True)])
 def test_a_run_that_will_not_fit_says_which_flags_take_less(free, is_said, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_stage", lambda *arguments: None)
