@@ -186,7 +186,7 @@ class Upscaler(nn.Module):
         return self.diffusion.loss(network, z0, context, None, t, eps)
 
     @torch.no_grad()
-    def sample(self, videos: Tensor, context: Tensor, steps: int = 4, seed: int = 0) -> Tensor:
+    def sample(self, videos: Tensor, context: Tensor, steps: int = 2, seed: int = 0) -> Tensor:
         """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d)."""
         if len(context) != len(videos):
             raise ValueError(f"{len(context)} texts for {len(videos)} clips: give one for each")
