@@ -529,13 +529,14 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
     if resumed:
         stages = stages[[stage.name for stage in stages].index(resumed["stage"]) :]
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
-    needed = max(estimate_memory(stage, data.clips) for stage in stages)
-    free = free_memory(model.device) / (1 if model.device.type == "cuda" else process_count())
-    if needed > free:
-        say(f"about {needed:.1f} GB of memory for each process, where {free:.1f} GB are free; less "
-            f"takes --accumulate 2 or more, --gradient-checkpointing or a smaller --batch-size")
     minutes = {}
     if not resumed and sum(stage.steps for stage in stages) > 100:
+        needed = max(estimate_memory(stage, data.clips) for stage in stages)
+        free = free_memory(model.device) / (1 if model.device.type == "cuda" else process_count())
+        if needed > free:
+            say(f"about {needed:.1f} GB of memory for each process, where {free:.1f} GB are free; "
+                f"less takes --accumulate 2 or more, --gradient-checkpointing or a smaller "
+                f"--batch-size")
         minutes = {stage.name: estimate_minutes(stage, data.clips) for stage in stages}
         longest = max(minutes, key=minutes.get)
         say(f"about {sum(minutes.values()):.0f} minutes on this machine; fewer --{longest}-steps "

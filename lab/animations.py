@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         lists["standing_still"] = {caption for path, caption in clips.items()
                                    if caption in chosen and path.name not in tenth}
     copy_files(clips, flags.out)
-    lists["held_out"] = set.union(*lists.values())
+    lists = {"held_out": set.union(*lists.values()), **(lists if flags.pictures else {})}
     for name, chosen in lists.items():
         files = [path.name + "\n" for path, caption in clips.items() if caption in chosen]
         (flags.out / f"{name}.txt").write_text("".join(files))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ClipFolder, ShapesDataset, open_data
+from data import ClipFolder, PictureFolder, ShapesDataset, open_data
 from runs import InputError
 from lab import ablation, animations, benchmark, evaluate, fvd, results
 from lab.judge import balanced_prompts, confusions, count, judge, wilson
@@ -202,7 +202,14 @@ def test_the_animations_become_a_folder_and_a_tenth_of_their_combinations_is_hel
     for code in ("1f9d1-1f3fb-200d-1f52c", "1f468-1f3ff-200d-1f52c", "1f600", "ffff"):
         frames[0].save(tmp_path / "src" / f"{code}.webp", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "src" / "1f601.webp")  # it does not move
-    animations.main([str(tmp_path / "src"), str(tmp_path / "clips")])
+    out = [str(tmp_path / name) for name in ("src", "clips", "pictures")]
+    animations.main(out)
+    stills = PictureFolder(tmp_path / "pictures", 8)
+    assert sorted(stills.captions) == ["beaming face with smiling eyes", "grinning face",
+                                       "man scientist dark skin tone", "scientist light skin tone"]
+    assert (tmp_path / "clips" / "standing_still.txt").read_text() == "1f600.webp\n"
+    assert animations.standing_captions(
+        ["d", "b", "a", "c", "wave", "wave dark skin tone", "man", "z woman"]) == ["a", "d"]
     clips = ClipFolder(tmp_path / "clips", 2, 8)
     assert clips.captions == ["scientist light skin tone", "man scientist dark skin tone",
                               "grinning face"]
