@@ -343,10 +343,12 @@ def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier:
     """Open "shapes" or a folder of clips -> clips to train on, and clips held out.
 
     Of shapes those of split "test" are held out, or the captions that the file `held_out` names; of
-    a folder see `ClipFolder` and its `split`.
+    a folder see `ClipFolder` and its `split`. With `rate_multiplier` every frame of a folder's clips
+    is taken, so that key frames among them are as far apart as a stride of `sample_frames`.
     """
     if name != "shapes":
-        return ClipFolder(name, frames, size, seed, **of_folder).split(held_out)
+        fps = math.inf if rate_multiplier > 1 else None
+        return ClipFolder(name, frames, size, seed, fps, **of_folder).split(held_out)
     if os.path.isdir(name) and os.environ.get("RANK", "0") == "0":
         print("--data shapes: the built-in shapes; for the folder of that name give ./shapes")
     captions = {split: shape_captions(split) for split in ("train", "test")}

@@ -75,7 +75,7 @@ class Stage(nn.Module):
     needs_clips = True  # pictures alone do not do
     skipped_from = None  # starts that have been through this stage: "ours" or "Stable Diffusion"
     clip_frames = 0  # frames of a clip of the data set; 0 = the model's
-    rate_multiplier = 1  # of the shapes' frame rate
+    rate_multiplier = 1  # of the frame rate of clips
     scale = 1  # of the model's frame size
     settings = {}  # defaults of its own
 

@@ -249,6 +249,18 @@ def test_pictures_of_the_shapes_are_one_object_anywhere_without_a_word_of_motion
         assert min(along) < 10 and max(along) > 21
 
 
+def test_interpolation_takes_every_frame_of_the_clips_of_a_folder(tmp_path):
+    video = torch.linspace(-1, 1, 30).view(30, 1, 1, 1).expand(30, 3, 8, 8)
+    folder_of(tmp_path / "clips", video, "a.webp", "b.webp", "c.webp")
+    for multiplier, fastest in ((1, False), (4, True)):
+        clips, _ = open_data(str(tmp_path / "clips"), 5, 8, 0, multiplier)
+        rates = set()
+        for epoch in range(12):
+            clips.set_epoch(epoch)
+            rates.add(clips[0]["fps"])
+        assert (len(rates) == 1) == fastest and max(rates) == clips.clips[0].rate
+
+
 def test_every_picture_of_a_folder_is_one_and_of_animations_the_first_frame(tmp_path, video):
     folder_of(tmp_path, video, "moving.webp", "deep/moving.gif", "deep/film.png")
     for n, suffix in enumerate((".png", ".jpg", ".webp", ".bmp", ".gif")):
