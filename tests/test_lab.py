@@ -274,7 +274,7 @@ def test_flicker_is_measured_on_clips_and_their_differences(model, tmp_path, mon
     commands = []
     monkeypatch.setattr(ablation, "train_once", lambda folder, *flags: (
         commands.append(flags) or MagicVideo.load(model)))
-    monkeypatch.setattr(ablation.evaluate, "ShapesDataset", lambda *cut: [
+    monkeypatch.setattr(ablation.evaluate, "ShapesDataset", lambda *cut, **_: [
         ShapesDataset(*cut)[i] for i in range(2)])
     flags = Namespace(steps=3)
     found = ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags)
