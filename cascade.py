@@ -187,7 +187,11 @@ class Upscaler(nn.Module):
 
     @torch.no_grad()
     def sample(self, videos: Tensor, context: Tensor, steps: int = 2, seed: int = 0) -> Tensor:
-        """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d)."""
+        """Enlarge clips (b, f, 3, h, w) in [-1, 1] -> (b, f, 3, 4h, 4w), context (b, l, d).
+
+        Two steps suffice: more are no sharper and further from real frames (ours). Raises
+        ValueError for another number of texts than clips.
+        """
         if len(context) != len(videos):
             raise ValueError(f"{len(context)} texts for {len(videos)} clips: give one for each")
         level = torch.tensor([SAMPLE_AUG_LEVEL])

@@ -343,8 +343,8 @@ def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier:
     """Open "shapes" or a folder of clips -> clips to train on, and clips held out.
 
     Of shapes those of split "test" are held out, or the captions that the file `held_out` names; of
-    a folder see `ClipFolder` and its `split`. With `rate_multiplier` every frame of a folder's clips
-    is taken, so that key frames among them are as far apart as a stride of `sample_frames`.
+    a folder see `ClipFolder` and its `split`. With a `rate_multiplier` every frame of its clips is
+    taken, so that key frames among them are as far apart as a stride of `sample_frames`.
     """
     if name != "shapes":
         fps = math.inf if rate_multiplier > 1 else None

@@ -77,7 +77,7 @@ class Stage(nn.Module):
     clip_frames = 0  # frames of a clip of the data set; 0 = the model's
     rate_multiplier = 1  # of the frame rate of clips
     scale = 1  # of the model's frame size
-    settings = {}  # defaults of its own
+    defaults = {}  # of train.py's Settings, its own
 
     def __init__(self, model: MagicVideo, s, network: nn.Module, diffusion=None):
         super().__init__()
@@ -383,7 +383,7 @@ class Upscale(Cascade):
     reads_latents = False
     clip_frames = 1
     scale = cascade.SCALE
-    settings = {"max_frames": 8}  # 16 times as large, and those of a clip are nearly alike
+    defaults = {"max_frames": 8}  # 16 times as large, and those of a clip are nearly alike
 
     def picture(self, items: list[dict]) -> Tensor:
         """Draw a frame of each clip, enlarged without a network and with it, and the real one."""

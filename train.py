@@ -376,7 +376,7 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     if overrides.get("images", "shapes") != "shapes":
         overrides = {"data": "", **overrides}
     if overrides.get("stage") in STAGES:
-        overrides = {**STAGES[overrides["stage"]].settings, **overrides}
+        overrides = {**STAGES[overrides["stage"]].defaults, **overrides}
     s = Settings(**{**PRESET_SETTINGS.get(overrides.get("preset"), {}), **overrides})
     check(s)
     return s, model
@@ -498,7 +498,7 @@ def estimate_memory(stage: Stage, clips: ClipDataset) -> float:
     """Add up what this process needs for a micro-batch, judged by a single item of it -> GB.
 
     What the backward pass keeps, and of each weight that learns its gradient, its moving average
-    and two moments. Torch itself and what is freed at once come on top.
+    and two moments.
     """
     size, frames = stage.plan_batch(stage.steps - 1, clips.frames)
     count = len(range(size)[micro_batches(size, stage.s.accumulate)[0]])
@@ -531,7 +531,8 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     minutes = {}
     if not resumed and sum(stage.steps for stage in stages) > 100:
-        needed = max(estimate_memory(stage, data.clips) for stage in stages)
+        # torch itself, and what is freed at once, as measured (docs/measurements.md)
+        needed = 0.5 + 1.2 * max(estimate_memory(stage, data.clips) for stage in stages)
         free = free_memory(model.device) / (1 if model.device.type == "cuda" else process_count())
         if needed > free:
             say(f"about {needed:.1f} GB of memory for each process, where {free:.1f} GB are free; "

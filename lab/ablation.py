@@ -40,6 +40,7 @@ from sample import SHIPPED
 from tiny import StaggeredDiffusion
 
 FOUR_COLORS = "red|green|blue|white"
+UNSHARED = ("pictures", "flicker")  # claims with other data, or another stage
 
 
 def literal(model: MagicVideo) -> None:
@@ -154,23 +155,22 @@ def new_model(seed: int, variant: Variant) -> MagicVideo:
     return model
 
 
-def run_folder(name: str, seed: int, out: Path) -> Path:
-    """Name the folder of a run: variants that are the same, of any claims, share one."""
-    variants = {name: variant for claim, variants in CLAIMS.items()
-                if claim not in ("pictures", "flicker") for name, variant in variants.items()}
-    shared = [other for other in variants if variants[other] == variants.get(name)]
-    return out / f"{shared[0] if shared else name}-{seed}".replace(" ", "-")
+def run_folder(claim: str, name: str, seed: int, out: Path) -> Path:
+    """Name the folder of a run, by the first of the claims' variants that are the same."""
+    same = [other for kind, variants in CLAIMS.items() for other in variants
+            if not {claim, kind} & {*UNSHARED} and variants[other] == CLAIMS[claim][name]]
+    return out / f"{[*same, name][0]}-{seed}".replace(" ", "-")
 
 
-def train_variant(variant: Variant, name: str, seed: int, out: Path, data: list[str],
+def train_variant(variant: Variant, folder: Path, seed: int, data: list[str],
                   flags: argparse.Namespace) -> MagicVideo:
     """Train a variant by stages image and video; variants share what they have in common."""
-    folder = run_folder(name, seed, out)
+    out = folder.parent
     start = Path(f"{folder}.pt")
     common = [*data, "--seed", seed]
     steps = flags.steps
     if variant.has_image_stage:
-        moving = [variant.moving] if variant.moving != FOUR_COLORS else []
+        moving = [variant.moving.replace("|", "-")] if variant.moving != FOUR_COLORS else []
         kind = "-".join(["image", *(alter.__name__ for alter in variant.alter),
                          *variant.objective, *moving, str(seed)])
         image_start = out / f"{kind}.pt"
@@ -202,14 +202,14 @@ def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: s
 def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
     """Train a variant and count, for each group of captions, which words are right."""
     variant = CLAIMS[claim][name]
-    folder = run_folder(name, seed, out)
+    folder = run_folder(claim, name, seed, out)
     if claim == "flicker":
         model = train_once(folder, "--stage", "vae", "--seed", seed, "--vae-steps", flags.steps,
                            *variant.video)
         options = argparse.Namespace(data="shapes", clips=240, seed=0, fps=8.0)
         return {row["name"]: row["PSNR"] for row in evaluate.reconstruction(model, options)["rows"]}
     if claim != "pictures":
-        model = train_variant(variant, name, seed, out, [], flags)
+        model = train_variant(variant, folder, seed, [], flags)
         loss = float(read_log(folder / "log.csv")[-1]["held_out_loss"])
         prompts = balanced_prompts("test") * 3
         return {"held-out captions": judge_captions(model, prompts, folder, "held-out", flags),
@@ -226,7 +226,7 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
     names = out / f"held_out-{variant.moving.replace('|', '-')}.txt"
     names.write_text("\n".join(held_out))
     data = ["--images", "shapes", "--data", "shapes", "--held-out", names]
-    model = train_variant(variant, name, seed, out, data, flags)
+    model = train_variant(variant, folder, seed, data, flags)
     return {group: judge_captions(model, prompts, folder, group.replace(" ", "-"), flags)
             for group, prompts in captions.items()}
 

@@ -8,6 +8,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from lab.results import check_ranges, report, run_command  # before torch: sets how threads wait
@@ -67,7 +68,7 @@ def real_clips(model: MagicVideo, flags: argparse.Namespace, seed: int = 0,
         return [clips[i] for i in range(min(len(clips), flags.clips))]
     folder = open_folder(flags, *cut, max_frames=MAX_FRAMES if scale == 1 else cut[0])
     _, *parts = split(folder, flags.held_out).values()
-    return [part[i] for part in parts for i in range(len(part))][: flags.clips]
+    return [*islice((part[i] for part in parts for i in range(len(part))), flags.clips)]
 
 
 def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:

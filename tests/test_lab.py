@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import cascade
 from data import ClipFolder, PictureFolder, ShapesDataset, open_data
 from runs import InputError
 from lab import ablation, animations, benchmark, evaluate, fvd, results
@@ -193,6 +194,53 @@ def test_a_sample_is_told_from_its_nearest_clip_and_every_word_is_counted(
     assert trained_words["top-1"] == 1 and trained_words["chance"] == 0.5
     assert held_out["top-1"] == 0.5 and held_out_words["kind"] == "man woman"
     assert found["reconstruction"][0]["clips"] == 2 and "top-5" in capsys.readouterr().out
+    assert [row["samples"] for row in found["motion"]] == [
+        pytest.approx(row["real clips"], rel=0.05) for row in found["motion"]]
+    assert all(row["ratio"] == pytest.approx(1, rel=0.1) for row in found["motion"])
+
+    Path("some.txt").write_text("00.webp\n01.webp\n")
+    Path("more_of_them.txt").write_text("04.webp\n")
+    evaluate.main(["--checkpoint", str(model), "--data", "clips", "--held-out", "some.txt",
+                   "more_of_them.txt"])
+    found = json.loads(Path("evaluation/results.json").read_text())
+    assert [(row["of"], row["prompts"]) for row in found["rows"]] == [
+        ("trained captions", 17), ("some", 2), ("more of them", 1)]
+    assert found["reconstruction"][0]["clips"] == 3
+    for name in ("trained", "some", "more-of-them"):
+        assert Path(f"evaluation/{name}.png").is_file()
+
+
+def test_a_still_does_not_move_and_a_clip_that_moves_twice_as_much_has_a_ratio_of_two():
+    steps = torch.linspace(-0.3, 0.3, 4).view(1, 4, 1, 1, 1).expand(3, 4, 3, 16, 16)
+    videos = torch.stack([0 * steps[0], steps[0], 2 * steps[0]])
+    found = evaluate.compare_motion(["still", "real", "wild"], videos, steps)
+    assert found["ratio"] == pytest.approx(1, rel=0.02) and found["0.5 to 2"] < 0.7
+    assert found["least"].startswith("still") and found["most"].endswith("wild")
+    assert found["quartiles"] == "0.50 to 1.50"
+
+
+@pytest.mark.parametrize("measure, columns", [("interpolation", 9), ("upscaling", 3)])
+def test_the_cascade_is_measured_on_the_clips_of_a_folder_and_drawn(
+        measure, columns, tmp_path, monkeypatch):
+    tiny = MagicVideo.from_preset("tiny")
+    stage = {"interpolation": "interpolate", "upscaling": "upscale"}[measure]
+    tiny.cascade[stage] = cascade.build(tiny, stage).state_dict()
+    tiny.save(tmp_path / "model.pt")
+    moving = (torch.linspace(-1, 1, 32).view(32, 1, 1, 1) * torch.linspace(0, 1, 16)).expand(
+        32, 3, 16, 16)
+    for name in "abc":
+        write_clip(tmp_path / "clips" / f"{name}.webp", moving, 24)
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--checkpoint", "model.pt", "--data", "clips", f"--{measure}"])
+    found = json.loads(Path("evaluation/results.json").read_text())
+    rows = {row["name"]: row["PSNR"] for row in found["rows"]}
+    assert {row["clips"] for row in found["rows"]} == {1}
+    better, worse = {"interpolation": ("cross-fade", "nearest key frame"),
+                     "upscaling": ("bicubic", "upscaled")}[measure]
+    assert rows[better] > rows[worse]  # of frames that brighten evenly, by an untrained network
+    with Image.open(f"evaluation/{measure}.png") as picture:
+        side = 66 if measure == "interpolation" else 258
+        assert picture.width == columns * side - 2
 
 
 def test_the_animations_become_a_folder_and_a_tenth_of_their_combinations_is_held_out(tmp_path):
@@ -365,12 +413,16 @@ def test_objectives_differ_in_what_they_are_about_alone(tmp_path, monkeypatch):
 
 
 def test_variants_that_are_the_same_share_their_run(tmp_path):
-    alone, paper = (ablation.run_folder(name, 0, tmp_path).name for name in (
-        "temporal alone", "strict, paper's objective"))
-    assert alone == "temporal-alone-0" and paper == "the-paper's-0"
-    shared = {ablation.run_folder(name, 1, tmp_path) for name in (
-        "strict", "with", "both", "stage image, then video", "v, staggered (tiny.py)")}
+    folders = {(claim, name): ablation.run_folder(claim, name, 0, tmp_path).name
+               for claim, variants in ablation.CLAIMS.items() for name in variants}
+    assert folders["branches", "temporal alone"] == "temporal-alone-0"
+    assert folders["masks", "strict, paper's objective"] == "the-paper's-0"
+    shared = {folders[pair] for pair in (
+        ("objective", "v, staggered (tiny.py)"), ("masks", "strict"), ("adaptors", "with"),
+        ("branches", "both"), ("start", "stage image, then video"))}
     assert len(shared) == 1
+    apart = [folder for (claim, _), folder in folders.items() if claim in ablation.UNSHARED]
+    assert len({*apart} - shared) == len(apart)  # VideoVAEs, and other data
 
 
 def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_path, monkeypatch):
