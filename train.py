@@ -531,7 +531,7 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
         say(f"resumed at step {resumed['step']} of stage {resumed['stage']}")
     minutes = {}
     if not resumed and sum(stage.steps for stage in stages) > 100:
-        # torch itself, and what is freed at once, as measured (docs/measurements.md)
+        # torch itself, and what is freed at once, as measured (ours)
         needed = 0.5 + 1.2 * max(estimate_memory(stage, data.clips) for stage in stages)
         free = free_memory(model.device) / (1 if model.device.type == "cuda" else process_count())
         if needed > free:
