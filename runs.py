@@ -14,14 +14,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiny import Muon
 
@@ -246,9 +247,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
         warnings.simplefilter("ignore")
         with torch.autocast(device.type, torch.bfloat16):
             if torch.is_autocast_enabled(device.type):
-                return torch.autocast(device.type, torch.bfloat16)
+                return autocast_bf16(device.type)
     raise InputError(f"--precision {precision}: this torch does not train so on {device.type}; "
                      f"use fp32")
+
+
+@contextmanager
+def autocast_bf16(device_type: str) -> Iterator[None]:
+    """Autocast, without the fused attention of a CPU: in bfloat16 its backward pass is slow."""
+    with torch.autocast(device_type, torch.bfloat16), ExitStack() as plain:
+        if device_type == "cpu":
+            plain.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def free_memory(device: torch.device) -> float:

@@ -15,7 +15,9 @@ command that was stopped goes on with the run that it was at, and several comman
 """
 
 import argparse
+import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
@@ -89,7 +91,6 @@ def frozen(names: str) -> tuple[str, str]:
     return "--trainable", f"^(?!.*({names}))"
 
 
-BOTH = (bidirectional, equal_noise)
 CLAIMS = {
     "pictures": {
         "mixed in, every tenth step": Variant(video=("--picture-every", "10")),
@@ -112,15 +113,17 @@ CLAIMS = {
         "v, staggered (tiny.py)": Variant(),
     },
     "masks": {
-        "strict": Variant(), "literal": Variant(alter=(literal,)),
-        "bidirectional": Variant(alter=(bidirectional,)),
+        "strict": Variant(), "literal": Variant(alter_video=(literal,)),
+        "bidirectional": Variant(alter_video=(bidirectional,)),
         "strict, paper's objective": Variant(alter=(equal_noise,)),
-        "literal, paper's objective": Variant(alter=(literal, equal_noise)),
-        "bidirectional, paper's objective": Variant(alter=BOTH),
+        "literal, paper's objective": Variant(alter=(equal_noise,), alter_video=(literal,)),
+        "bidirectional, paper's objective": Variant(alter=(equal_noise,),
+                                                    alter_video=(bidirectional,)),
     },
     "adaptors": {
         "with": Variant(), "without": Variant(video=frozen("adaptor")),
-        "without, nothing tells frames apart": Variant(alter=BOTH, video=frozen("adaptor")),
+        "without, nothing tells frames apart": Variant(
+            alter=(equal_noise,), alter_video=(bidirectional,), video=frozen("adaptor")),
     },
     "branches": {
         "both": Variant(), "spatial alone": Variant(video=frozen("temporal")),
@@ -167,7 +170,7 @@ def train_variant(variant: Variant, folder: Path, seed: int, data: list[str],
     """Train a variant by stages image and video; variants share what they have in common."""
     out = folder.parent
     start = Path(f"{folder}.pt")
-    common = [*data, "--seed", seed]
+    common = [*data, "--seed", seed, "--precision", flags.precision]
     steps = flags.steps
     if variant.has_image_stage:
         moving = [variant.moving.replace("|", "-")] if variant.moving != FOUR_COLORS else []
@@ -200,12 +203,21 @@ def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: s
 
 
 def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
-    """Train a variant and count, for each group of captions, which words are right."""
+    """Measure a variant, or take what is kept beside its run."""
+    kept = run_folder(claim, name, seed, out) / f"{flags.sampling_steps}-{flags.guidance}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(measure_anew(claim, name, seed, out, flags)))
+    return json.loads(kept.read_text())
+
+
+def measure_anew(claim: str, name: str, seed: int, out: Path,
+                  flags: argparse.Namespace) -> dict:
+    """Train a variant, or take its run; count for each group of captions which words are right."""
     variant = CLAIMS[claim][name]
     folder = run_folder(claim, name, seed, out)
     if claim == "flicker":
         model = train_once(folder, "--stage", "vae", "--seed", seed, "--vae-steps", flags.steps,
-                           *variant.video)
+                           "--precision", flags.precision, *variant.video)
         options = argparse.Namespace(data="shapes", clips=240, seed=0, fps=8.0)
         return {row["name"]: row["PSNR"] for row in evaluate.reconstruction(model, options)["rows"]}
     if claim != "pictures":
@@ -234,26 +246,28 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
 def tables(measured: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """Make a table for each group of captions: means over the seeds, in %, with 95 % intervals.
 
-    The last column is the difference in "all three" to the first variant, paired by seed.
+    The last column is the difference to the first variant, paired by seed: of "all three", where
+    words are counted.
     """
-    made = {}
+    made = defaultdict(list)
     first = next(iter(measured.values()))
     for group in first[0]:
-        made[group] = []
+        is_counted = isinstance(first[0][group], dict)
+        digits = 0 if is_counted else 4
+        base = None
         for name, of_seeds in measured.items():
             row = {group: name}
-            if isinstance(first[0][group], float):
-                row["mean"] = describe_mean([found[group] for found in of_seeds], digits=4)
-                made[group].append(row)
-                continue
-            percent = {key: [100 * found[group][key][0] / found[group][key][1]
-                             for found in of_seeds] for key in LABELS}
-            for key in LABELS:
-                row[key] = describe_mean(percent[key])
-            key = "all three"
-            base = [100 * found[group][key][0] / found[group][key][1] for found in first]
-            row["by seed"] = " ".join(f"{value:.0f}" for value in percent[key])
-            row["to the first"] = describe_mean([a - b for a, b in zip(percent[key], base)])
+            values = [found[group] for found in of_seeds]
+            if is_counted:
+                percent = {key: [100 * counts[key][0] / counts[key][1] for counts in values]
+                           for key in LABELS}
+                row |= {key: describe_mean(percent[key]) for key in LABELS}
+                values = percent["all three"]
+            else:
+                row["mean"] = describe_mean(values, digits)
+            base = base or values
+            row["by seed"] = " ".join(f"{value:.{digits}f}" for value in values)
+            row["to the first"] = describe_mean([a - b for a, b in zip(values, base)], digits)
             made[group].append(row)
     return made
 
@@ -274,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=900, help="of the stage that differs (900)")
     parser.add_argument("--sampling-steps", type=int, default=20, help="of sampling (20)")
     parser.add_argument("--guidance", type=float, help="weight of the text (the model's)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                        help="of training: fp32 or bf16 (fp32)")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9), sampling_steps=(1, 1000))
@@ -283,7 +299,9 @@ def main(arguments: list[str] | None = None) -> None:
             known = ", ".join(f'"{variant}"' for variant in CLAIMS[flags.claim])
             raise InputError(f'--variants "{name}": use some of {known}')
     kind = "pictures-" if flags.claim == "pictures" else ""
-    out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}"  # other lengths, other runs
+    bf16 = "-bf16" if flags.precision == "bf16" else ""
+    # runs of other lengths are other runs
+    out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}{bf16}"
     measured = {}
     for name in variants:
         with ExitStack() as changes:

@@ -324,11 +324,14 @@ def test_flicker_is_measured_on_clips_and_their_differences(model, tmp_path, mon
         commands.append(flags) or MagicVideo.load(model)))
     monkeypatch.setattr(ablation.evaluate, "ShapesDataset", lambda *cut, **_: [
         ShapesDataset(*cut)[i] for i in range(2)])
-    flags = Namespace(steps=3)
+    flags = Namespace(steps=3, precision="bf16", sampling_steps=20, guidance=None)
+    (tmp_path / "without-temporal-layers-1").mkdir()
     found = ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags)
     assert len(found) == 4 and all(value > 5 for value in found.values())
-    assert commands[0] == ("--stage", "vae", "--seed", 1, "--vae-steps", 3, "--trainable",
-                           "^(?!.*(temporal))")
+    assert commands == [("--stage", "vae", "--seed", 1, "--vae-steps", 3, "--precision", "bf16",
+                         "--trainable", "^(?!.*(temporal))")]
+    assert ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags) == found
+    assert len(commands) == 1  # what was measured is kept
 
 
 def test_the_mean_of_seeds_has_students_interval():
