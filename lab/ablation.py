@@ -8,8 +8,9 @@
     start       stage image, then video; or stage video for as many steps    (paper §3)
     flicker     VideoVAE with and without its temporal layers                (paper, VideoVAE)
 
-Every variant starts from the same new model with the VideoVAE of the shipped one. A part that is
-not trained stays at its start, where it has no effect. Runs are those of train.py and are kept: a
+Every variant starts from the same new model with the VideoVAE of the shipped one; those of flicker
+from the shipped one, with new temporal layers in its VideoVAE. A part that is not trained stays at
+its start, where it has no effect. Runs are those of train.py and are kept: a
 command that was stopped goes on with the run that it was at, and several commands with other
 --seeds or --variants can share the work.
 """
@@ -40,6 +41,7 @@ from magicvideo import MagicVideo
 from runs import InputError, read_log
 from sample import SHIPPED
 from tiny import StaggeredDiffusion
+from vae import VideoVAE
 
 FOUR_COLORS = "red|green|blue|white"
 UNSHARED = ("pictures", "flicker")  # claims with other data, or another stage
@@ -132,8 +134,11 @@ CLAIMS = {
     },
     "start": {"stage image, then video": Variant(),
               "stage video alone": Variant(has_image_stage=False)},
-    "flicker": {"temporal layers": Variant(),
-                "without temporal layers": Variant(video=frozen("temporal"))},
+    "flicker": {  # stage vae of the decoder alone: the latents stay
+        "without temporal layers": Variant(
+            video=("--trainable", "^(?!.*temporal)(decoder|post_quant)")),
+        "with": Variant(video=("--trainable", "^(decoder|post_quant)")),
+    },
 }
 
 
@@ -193,6 +198,47 @@ def train_variant(variant: Variant, folder: Path, seed: int, data: list[str],
                       *variant.video, *common)
 
 
+def train_decoder(variant: Variant, folder: Path, seed: int,
+                  flags: argparse.Namespace) -> MagicVideo:
+    """Train the decoder of the shipped model on clips, with new temporal layers or without."""
+    start = Path(f"{folder}.pt")
+    start.parent.mkdir(parents=True, exist_ok=True)
+    if not start.exists():
+        model = MagicVideo.load(SHIPPED)
+        torch.manual_seed(seed)
+        new = VideoVAE(model.config.vae)
+        model.vae.decoder.temporal_attentions = new.decoder.temporal_attentions
+        model.save(start)
+    return train_once(folder, "--stage", "vae", "--init-from", start, "--vae-steps", flags.steps,
+                      "--seed", seed, "--precision", flags.precision, *variant.video)
+
+
+@torch.no_grad()
+def measure_flicker(model: MagicVideo, flags: argparse.Namespace) -> dict[str, float]:
+    """Measure how true decoded clips are, and how much flickers (paper: pixel dithering).
+
+    Flicker is in steps of 255: the frame differences of posterior samples where the real clip
+    stands still, and of sampled clips their second differences, in which motion counts little.
+    """
+    options = argparse.Namespace(data="shapes", clips=240, seed=0, fps=8.0)
+    measured = evaluate.reconstruction(model, options)["rows"]
+    found = {f"PSNR of {row['name']}": row["PSNR"] for row in measured}
+    generator = torch.Generator().manual_seed(0)
+    flicker = []
+    for clip in evaluate.real_clips(model, options):
+        mean, logvar = model.vae.encode(clip["video"][None])
+        eps = torch.randn(mean.shape, generator=generator)
+        video = model.vae.decode(model.vae.sample_latents(mean, logvar, eps))[0]
+        still = (clip["video"] == clip["video"][:1]).all(0)  # (3, h, w)
+        flicker.append(video.diff(dim=0)[:, still].square().mean())
+    found["flicker of posterior samples"] = 127.5 * float(torch.stack(flicker).mean().sqrt())
+    options = argparse.Namespace(steps=flags.sampling_steps, guidance=flags.guidance, seed=0)
+    videos = evaluate.sample_prompts(model, balanced_prompts("test") * 3, options, 8.0)
+    second = videos.diff(dim=1).diff(dim=1)
+    found["flicker of sampled clips"] = 127.5 * float(second.square().mean().sqrt())
+    return found
+
+
 def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: str,
                    flags: argparse.Namespace) -> dict:
     """Sample a clip of each caption, and count which words are right."""
@@ -206,7 +252,9 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
     """Measure a variant, or take what is kept beside its run."""
     kept = run_folder(claim, name, seed, out) / f"{flags.sampling_steps}-{flags.guidance}.json"
     if not kept.exists():
-        kept.write_text(json.dumps(measure_anew(claim, name, seed, out, flags)))
+        found = measure_anew(claim, name, seed, out, flags)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
     return json.loads(kept.read_text())
 
 
@@ -216,10 +264,7 @@ def measure_anew(claim: str, name: str, seed: int, out: Path,
     variant = CLAIMS[claim][name]
     folder = run_folder(claim, name, seed, out)
     if claim == "flicker":
-        model = train_once(folder, "--stage", "vae", "--seed", seed, "--vae-steps", flags.steps,
-                           "--precision", flags.precision, *variant.video)
-        options = argparse.Namespace(data="shapes", clips=240, seed=0, fps=8.0)
-        return {row["name"]: row["PSNR"] for row in evaluate.reconstruction(model, options)["rows"]}
+        return measure_flicker(train_decoder(variant, folder, seed, flags), flags)
     if claim != "pictures":
         model = train_variant(variant, folder, seed, [], flags)
         loss = float(read_log(folder / "log.csv")[-1]["held_out_loss"])

@@ -318,18 +318,22 @@ def test_a_claim_is_measured_for_every_variant_and_seed_and_compared_seed_by_see
         ablation.main(["masks", "--variants", "both"])
 
 
-def test_flicker_is_measured_on_clips_and_their_differences(model, tmp_path, monkeypatch):
+def test_flicker_is_measured_with_new_temporal_layers_and_kept(model, tmp_path, monkeypatch):
     commands = []
+    monkeypatch.setattr(ablation, "SHIPPED", model)
     monkeypatch.setattr(ablation, "train_once", lambda folder, *flags: (
-        commands.append(flags) or MagicVideo.load(model)))
+        commands.append(flags) or MagicVideo.load(flags[3])))
     monkeypatch.setattr(ablation.evaluate, "ShapesDataset", lambda *cut, **_: [
         ShapesDataset(*cut)[i] for i in range(2)])
-    flags = Namespace(steps=3, precision="bf16", sampling_steps=20, guidance=None)
-    (tmp_path / "without-temporal-layers-1").mkdir()
+    monkeypatch.setattr(ablation, "balanced_prompts", lambda split: ["a red circle growing"])
+    flags = Namespace(steps=3, precision="bf16", sampling_steps=2, guidance=None)
     found = ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags)
-    assert len(found) == 4 and all(value > 5 for value in found.values())
-    assert commands == [("--stage", "vae", "--seed", 1, "--vae-steps", 3, "--precision", "bf16",
-                         "--trainable", "^(?!.*(temporal))")]
+    assert len(found) == 6 and all(value > 0 for value in found.values())
+    (command,) = commands
+    assert command[-3:] == ("bf16", "--trainable", "^(?!.*temporal)(decoder|post_quant)")
+    weights, shipped = (MagicVideo.load(path).state_dict() for path in (command[3], model))
+    new = {name for name in weights if not torch.equal(weights[name], shipped[name])}
+    assert new and all("decoder.temporal_attentions" in name for name in new)
     assert ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags) == found
     assert len(commands) == 1  # what was measured is kept
 
