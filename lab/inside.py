@@ -70,6 +70,14 @@ def real_latents(model: MagicVideo) -> Tensor:
     return model.encode(clips[clips.captions.index(PROMPT)]["video"][None])
 
 
+@torch.no_grad()
+def predict_clean(model: MagicVideo) -> Tensor:
+    """Run the U-Net on the real clip without noise, for what hooks see on the way."""
+    z0 = real_latents(model)
+    t = torch.zeros(1, z0.shape[1], dtype=torch.long)
+    return model.unet(z0, t, model.encode_text([PROMPT]), torch.tensor([8.0]))
+
+
 def add_noise(model: MagicVideo, path: Path) -> None:
     """Show a clip in noise: every frame alike, as in the paper, and staggered."""
     z0 = real_latents(model)
@@ -111,11 +119,9 @@ def attention(model: MagicVideo, path: Path) -> None:
              if isinstance(layer, DirectedTemporalAttention)][0]
     seen = []
     handle = layer.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    z0 = real_latents(model)
-    t = torch.zeros(1, z0.shape[1], dtype=torch.long)
+    predict_clean(model)
+    handle.remove()
     with torch.no_grad():
-        model.unet(z0, t, model.encode_text([PROMPT]), torch.tensor([8.0]))
-        handle.remove()
         tokens = seen[0].flatten(0, 2)  # (b*h*w, f, c)
         q, k = (split_heads(project(tokens), layer.heads)[:, :1]
                 for project in (layer.to_q, layer.to_k))
@@ -127,11 +133,16 @@ def attention(model: MagicVideo, path: Path) -> None:
 
 def adaptors(model: MagicVideo, path: Path) -> None:
     """Show how far each adaptor's scales and shifts have moved from 1 and 0, by frame."""
-    layers = [layer for layer in model.unet.modules() if isinstance(layer, FrameAdaptor)]
+    layers = []  # in the order in which they run
+    handles = [layer.register_forward_hook(lambda layer, *_: layers.append(layer))
+               for layer in model.unet.modules() if isinstance(layer, FrameAdaptor)]
+    predict_clean(model)
+    for handle in handles:
+        handle.remove()
     scales = torch.stack([(layer.scale.detach() - 1).square().mean(1).sqrt() for layer in layers])
     shifts = torch.stack([layer.shift.detach().square().mean(1).sqrt() for layer in layers])
     maps = [("scale, distance from 1", scales), ("shift, distance from 0", shifts)]
-    draw_maps(path, maps, "YlOrBr", ("frame", "adaptor, input to output of the U-Net"), 0,
+    draw_maps(path, maps, "YlOrBr", ("frame", "adaptor, in the order in which they run"), 0,
               float(torch.stack([scales, shifts]).quantile(0.99)))
 
 
