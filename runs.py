@@ -15,13 +15,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiny import Muon
@@ -236,28 +236,28 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context of a forward pass: autocast for bf16, nothing for fp32.
-
-    Raises InputError where this torch has no bfloat16 on the device.
-    """
-    if precision == "fp32":
-        return nullcontext()
+def check_precision(device: torch.device, precision: str) -> None:
+    """Raise InputError for bf16 where this torch has no bfloat16 on the device."""
     with suppress(RuntimeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.autocast(device.type, torch.bfloat16):
-            if torch.is_autocast_enabled(device.type):
-                return autocast_bf16(device.type)
+        with autocast(device, precision):
+            if precision == "fp32" or torch.is_autocast_enabled(device.type):
+                return
     raise InputError(f"--precision {precision}: this torch does not train so on {device.type}; "
                      f"use fp32")
 
 
 @contextmanager
-def autocast_bf16(device_type: str) -> Iterator[None]:
-    """Autocast, without the fused attention of a CPU: in bfloat16 its backward pass is slow."""
-    with torch.autocast(device_type, torch.bfloat16), ExitStack() as plain:
-        if device_type == "cpu":
-            plain.enter_context(sdpa_kernel(SDPBackend.MATH))
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Run a forward pass in a precision: autocast for bf16, nothing for fp32.
+
+    On a CPU attention is not the fused one, whose backward pass is slow in bfloat16.
+    """
+    with ExitStack() as contexts:
+        if precision == "bf16":
+            contexts.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
@@ -294,6 +294,12 @@ def process_rank() -> int:
 def process_count() -> int:
     """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def add_up(x: Tensor) -> None:
+    """Add a tensor up over all processes, in place; each of them waits for the others."""
+    if process_count() > 1:
+        dist.all_reduce(x)
 
 
 def start_processes(count: int, arguments: list[str]) -> list[subprocess.Popen]:

@@ -10,6 +10,7 @@ Read `train.py` next: the loop that runs them.
 """
 
 import re
+from contextlib import nullcontext
 from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import cascade
 from data import ClipDataset
 from magicvideo import MagicVideo
-from runs import InputError, process_count, process_rank
+from runs import InputError, autocast, process_count, process_rank
 from unet3d import Level, is_video_parameter
 
 
@@ -64,9 +65,9 @@ class Batch(NamedTuple):
 
 
 class Stage(nn.Module):
-    """What all stages share. `forward` is the loss, since DistributedDataParallel wraps a module.
+    """What all stages share: a module, since DistributedDataParallel wraps one.
 
-    `network` is what the stage trains, under the process `diffusion`; `s` are train.py's Settings.
+    `network` is the module that is trained, `diffusion` its noise process, `s` train.py's Settings.
     """
 
     name = ""
@@ -88,22 +89,26 @@ class Stage(nn.Module):
         self.steps = getattr(s, f"{self.name}_steps")
         for level in network.modules() if s.gradient_checkpointing else ():
             if isinstance(level, Level):
-                level.layer = partial(checkpoint, partial(Level.layer, level), use_reentrant=False)
+                level.layer = partial(
+                    checkpoint, partial(Level.layer, level), use_reentrant=False,
+                    context_fn=lambda: (nullcontext(), autocast(model.device, s.precision)))
 
     # What a step reads
 
     @classmethod
     def fewest_clips(cls, s, frames: int) -> int:
-        """Return how many clips of `frames` frames a step reads at least."""
+        """Return how many clips of `frames` frames the smallest step reads."""
         return s.batch_size
 
     def plan_batch(self, step: int, frames: int) -> tuple[int, int]:
         """Return the items of a step, of all processes, and how many of their frames it reads."""
         return self.s.batch_size, frames
 
-    def is_picture_step(self, step: int) -> bool:
-        """Tell whether a step reads stills alone."""
-        return False
+    def plan(self, step: int, frames: int, clips: Source,
+             pictures: Source | None) -> tuple[list[Source], int, int]:
+        """Return what a step reads in turn, how many items of it, and how many of their frames."""
+        size, frames = self.plan_batch(step, frames)
+        return mix(clips, pictures, frames), size, frames
 
     def read(self, sources: list[Source], step: int, size: int, frames: int,
              shard: slice) -> tuple[Batch, Draw]:
@@ -179,7 +184,12 @@ class Stage(nn.Module):
     # What it minimises, draws and hands on
 
     def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor | None]:
-        """Return the error of each clip (b,), and its timesteps (b,), None without diffusion."""
+        """Return the loss of each clip in the precision of the run."""
+        with autocast(self.model.device, self.s.precision):
+            return self.loss(batch, draw)
+
+    def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of each clip (b,), and its timesteps (b,), None without diffusion."""
         raise NotImplementedError
 
     def picture(self, items: list[dict]) -> Tensor:
@@ -231,7 +241,7 @@ class Vae(Stage):
         """Return the first step on clips, from which on the video weights learn."""
         return int(0.8 * self.steps) if self.trains_encoder() else 0
 
-    def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, None]:
+    def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, None]:
         """Return || decode(z) - x ||^2 + weight * KL of each clip, (b,)."""
         mean, logvar = self.network.encode(batch.clips)
         eps = draw.normal(*mean.shape[1:]).to(mean)
@@ -271,11 +281,14 @@ class Video(Stage):
         """Return --batch-size clips, or as many single frames as these have."""
         return self.s.batch_size * self.model.config.unet.frames // frames, frames
 
-    def is_picture_step(self, step: int) -> bool:
-        """Tell whether a step reads stills alone: one in --picture-every, if it can learn then."""
-        if not self.s.picture_every or step % self.s.picture_every:
-            return False
-        return not all(map(is_video_parameter, self.chosen()))
+    def plan(self, step: int, frames: int, clips: Source,
+             pictures: Source | None) -> tuple[list[Source], int, int]:
+        """Let one step in --picture-every read stills alone, if any weight can learn from them."""
+        sources, size, frames = super().plan(step, frames, clips, pictures)
+        if frames > 1 and pictures and self.s.picture_every and not step % self.s.picture_every:
+            if not all(map(is_video_parameter, self.chosen())):
+                return [pictures], *self.plan_batch(step, 1)
+        return sources, size, frames
 
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
         """Make a batch of clips with their fps, or of stills, which have none."""
@@ -290,7 +303,7 @@ class Video(Stage):
             weights |= {f"text_encoder.{name}": p for name, p in text}
         return weights
 
-    def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         """Return the loss of each clip, (b,), and t (b,).
 
         || eps - eps_hat(z_t, t, context, fps) ||^2, or that of tiny.py in presets tiny and laptop.
@@ -320,10 +333,6 @@ class Image(Video):
         """Return as many single frames as a step of stage video has."""
         return super().plan_batch(step, 1)
 
-    def is_picture_step(self, step: int) -> bool:
-        """Return False: every step reads both."""
-        return False
-
     def batch(self, items: list[dict], draw: Draw, frames: int) -> Batch:
         """Make a batch of first frames."""
         key = "z0" if "z0" in items[0] else "video"
@@ -346,7 +355,7 @@ class Cascade(Stage):
         network = cascade.build(model, self.name)
         super().__init__(model, s, network, network.diffusion)
 
-    def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         """Return the loss of the network for each clip, (b,), and t (b,)."""
         context = self.context(batch.captions, draw)
         t = draw.integers(self.diffusion.num_steps)

@@ -20,7 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting th
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings of torch.distributed
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,8 +28,8 @@ from tqdm import tqdm
 from clip_files import film_strip, write_clip
 from data import ClipDataset, ClipFolder, Data, open_data, open_pictures
 from magicvideo import PRESETS, MagicVideo
-from runs import (BINS, EMA, InputError, append_log, autocast, build_optimizers, claim_folder,
-                  free_memory, join_processes, leave_processes, load_checkpoint,
+from runs import (BINS, EMA, InputError, add_up, append_log, build_optimizers, check_precision,
+                  claim_folder, free_memory, join_processes, leave_processes, load_checkpoint,
                   lowest_held_out_loss, pick_device, plot_losses, process_count, process_rank,
                   read_log, run_command, save_checkpoint, set_learning_rates, start_processes,
                   stop_signals, usable_cores)
@@ -112,7 +111,6 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
     """
     s = stage.s
     clips, pictures = latents or (data.clips, data.pictures)
-    device = stage.model.device
     optimizers, average = make_optimizers_and_average(stage, resumed)
     compute_loss = stage
     if process_count() > 1:
@@ -124,27 +122,21 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
     with stop_signals() as stop:
         for step in bar:
             set_learning_rates(optimizers, (s.lr, s.muon_lr), step, stage.steps, s.warmup)
-            if pictures and stage.is_picture_step(step):
-                sources = [pictures]
-                size, frames = stage.plan_batch(step, 1)
-            else:
-                size, frames = stage.plan_batch(step, data.clips.frames)
-                sources = mix(clips, pictures, frames)
+            sources, size, frames = stage.plan(step, data.clips.frames, clips, pictures)
             total = torch.zeros(2)  # the loss of the batch, and how many processes shall stop
             bins = torch.zeros(2, BINS).double()
             for shard in micro_batches(size, s.accumulate):
                 batch, draw = stage.read(sources, step, size, frames, shard)
                 share = len(batch.clips) * process_count() / size  # of this process's items
-                with autocast(device, s.precision):
-                    errors, t = compute_loss(batch, draw)  # (b,)
-                    loss = errors.mean() * share
+                losses, t = compute_loss(batch, draw)  # (b,)
+                loss = losses.mean() * share
                 loss.backward()
                 total[0] += loss.item() / process_count()
-                bins += loss_by_timestep_bin(stage, errors, t, frames)
+                bins += loss_by_timestep_bin(stage, losses, t, frames)
             norm = nn.utils.clip_grad_norm_(average.parameters, 1.0)
             total[1] = len(stop)
-            if process_count() > 1:
-                dist.all_reduce(total)
+            add_up(total)
+            add_up(bins)
             check_finite(stage, step, total[0], norm, out)
             for optimizer in optimizers:
                 optimizer.step()
@@ -167,12 +159,10 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
                 if done == stage.steps or total[1] or done % s.save_every == 0:
                     save_run(out, stage, done, optimizers, average, data)
             if total[1]:
-                if process_count() > 1:
-                    dist.all_reduce(total)  # waits for the save: torchrun ends all after the first
+                add_up(total)  # waits for the save: torchrun ends all after the first
                 raise KeyboardInterrupt
         late = torch.tensor(len(stop))  # signals that came while the last step was being saved
-        if process_count() > 1:
-            dist.all_reduce(late)
+        add_up(late)
         if late:
             raise KeyboardInterrupt
     average.copy_to_weights()
@@ -186,6 +176,11 @@ def micro_batches(size: int, count: int) -> list[slice]:
     """
     count = max(1, min(count, size // process_count()))
     return [slice(process_rank() * count + i, size, process_count() * count) for i in range(count)]
+
+
+def micro_batch_size(size: int, count: int) -> int:
+    """Return how many items the largest micro-batch of a step has."""
+    return len(range(size)[micro_batches(size, count)[0]])
 
 
 def make_optimizers_and_average(
@@ -216,24 +211,24 @@ def check_finite(stage: Stage, step: int, loss: Tensor, norm: Tensor, out: Path)
                          f"{norm:.4g}; lower {rates} ({out} is as last saved)")
 
 
-def loss_by_timestep_bin(stage: Stage, errors: Tensor, t: Tensor | None, frames: int) -> Tensor:
-    """Add up the errors (b,) of clips, and their weights, by timesteps t (b,) -> (2, BINS).
+def loss_by_timestep_bin(stage: Stage, losses: Tensor, t: Tensor | None, frames: int) -> Tensor:
+    """Add up the losses (b,) of clips, and their weights, by timesteps t (b,) -> (2, BINS).
 
     Bins are quarters of t; the last, where there is little but the caption to go on, shows how much
     the caption helps.
     """
     bins = torch.zeros(2, BINS).double()
     if t is not None:
-        place = t * BINS // stage.diffusion.num_steps
-        bins[0].index_add_(0, place, errors.detach().cpu().double())
-        bins[1].index_add_(0, place, stage.diffusion.loss_weight(t, frames).double())
+        index = t * BINS // stage.diffusion.num_steps
+        bins[0].index_add_(0, index, losses.detach().cpu().double())
+        bins[1].index_add_(0, index, stage.diffusion.loss_weight(t, frames).double())
     return bins
 
 
 def describe_bins(bins: Tensor) -> dict[str, str]:
-    """Turn errors and weights (2, BINS) into columns of log.csv, empty where no clip was."""
-    return {f"loss_bin_{i}": f"{error / weight:.6f}" if weight else ""
-            for i, (error, weight) in enumerate(bins.T.tolist())}
+    """Turn losses and weights (2, BINS) into columns of log.csv, empty where no clip was."""
+    return {f"loss_bin_{i}": f"{loss / weight:.6f}" if weight else ""
+            for i, (loss, weight) in enumerate(bins.T.tolist())}
 
 
 HELD_OUT = 24  # items of the held-out loss: one for each held-out caption of the shapes
@@ -247,15 +242,14 @@ def held_out_loss(stage: Stage, data: Data, step: int) -> float:
     """
     size, frames = stage.plan_batch(step, data.clips.frames)
     items = spread(mix(data.held_out, data.held_out_pictures, frames), HELD_OUT)
-    at_once = len(range(size)[micro_batches(size, stage.s.accumulate)[0]])
+    at_once = micro_batch_size(size, stage.s.accumulate)
     total = 0.0
     for i in range(0, len(items), at_once):
         shard = slice(i, i + at_once)
         draw = Draw(torch.Generator().manual_seed(0), len(items), shard)
         batch = stage.batch(items[shard], draw, frames)
-        with autocast(stage.model.device, stage.s.precision):
-            errors, _ = stage(batch, draw)
-        total += errors.sum().item()
+        losses, _ = stage(batch, draw)
+        total += losses.sum().item()
     return total / len(items)
 
 
@@ -481,27 +475,26 @@ def estimate_minutes(stage: Stage, clips: ClipDataset) -> float:
     item = clips[0]
     if stage.s.cache and stage.reads_latents:
         item["z0"] = stage.model.encode(item.pop("video")[None])[0].cpu()
-    items = [item] * len(range(size)[shards[0]])
+    items = [item] * micro_batch_size(size, stage.s.accumulate)
     for _ in range(3):  # the last counts
         started = time.time()
         draw = Draw(torch.Generator(), size, shards[0])
         batch = stage.batch(items, draw, frames)
-        with autocast(stage.model.device, stage.s.precision):
-            errors, _ = stage(batch, draw)
-        errors.mean().backward()
-        errors.sum().item()  # waits for a GPU
+        losses, _ = stage(batch, draw)
+        losses.mean().backward()
+        losses.sum().item()  # waits for a GPU
         stage.zero_grad()
     return (time.time() - started) * len(shards) * stage.steps / 60
 
 
 def estimate_memory(stage: Stage, clips: ClipDataset) -> float:
-    """Add up what this process needs for a micro-batch, judged by a single item of it -> GB.
+    """Estimate the memory of a training step in this process, in GB.
 
-    What the backward pass keeps, and of each weight that learns its gradient, its moving average
-    and two moments.
+    What the backward pass keeps of one item, times the items of a micro-batch; and of each weight
+    that learns its gradient, its moving average and two moments.
     """
     size, frames = stage.plan_batch(stage.steps - 1, clips.frames)
-    count = len(range(size)[micro_batches(size, stage.s.accumulate)[0]])
+    count = micro_batch_size(size, stage.s.accumulate)
     sizes = {}  # of storages, by address: several tensors can share one
 
     def pack(x: Tensor) -> Tensor:
@@ -510,9 +503,8 @@ def estimate_memory(stage: Stage, clips: ClipDataset) -> float:
 
     draw = Draw(torch.Generator(), 1)
     batch = stage.batch([clips[0]], draw, frames)
-    with (autocast(stage.model.device, stage.s.precision),
-          torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)):
-        errors, _ = stage(batch, draw)  # as long as it lives no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses, _ = stage(batch, draw)  # as long as it lives no address is used twice
     for p in stage.parameters():
         sizes.pop(p.data_ptr(), None)
     learning = sum(p.nbytes for p in stage.chosen().values())
@@ -581,7 +573,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
         raise InputError(f"--out {out}: holds a run; add --resume to go on, or name another folder")
     else:
         s, model = start(overrides)
-    autocast(device, s.precision)  # raises InputError where the device has no bfloat16
+    check_precision(device, s.precision)
     config = model.config if model else PRESETS[s.preset]
     classes = choose_stages(s, config.pretrained)
     frames = classes[-1].clip_frames or s.frames or config.unet.frames

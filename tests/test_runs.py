@@ -166,17 +166,21 @@ def test_without_bf16_no_autocast_is_asked_for_and_where_it_is_missing_bf16_is_r
     def missing(*_, **__):
         raise RuntimeError("User specified an unsupported autocast device_type 'mps'")
 
-    with runs.autocast(torch.device("cpu"), "bf16"):
+    cpu, mps = torch.device("cpu"), torch.device("mps")
+    with runs.autocast(cpu, "bf16"):
         assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+    runs.check_precision(cpu, "bf16")
     monkeypatch.setattr(torch, "autocast", missing)  # torch 2.4 on an Apple GPU
-    with runs.autocast(torch.device("mps"), "fp32"):
+    with runs.autocast(mps, "fp32"):
         pass
+    runs.check_precision(mps, "fp32")
     with pytest.raises(InputError, match="--precision bf16: .* on mps; use fp32"):
-        runs.autocast(torch.device("mps"), "bf16")
+        runs.check_precision(mps, "bf16")
     monkeypatch.undo()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # 2.5 warns, trains fp32
     with pytest.raises(InputError, match="--precision bf16"):
-        runs.autocast(torch.device("cpu"), "bf16")
+        runs.check_precision(cpu, "bf16")
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):

@@ -122,19 +122,25 @@ def test_single_frames_come_of_clips_and_of_pictures_in_turn_and_whole_clips_alo
 
 
 def test_one_step_in_four_of_stage_video_is_on_as_many_pictures_as_clips_have_frames():
+    def sources(name, step=0, pictures="pictures", **settings):
+        """Return what a step reads."""
+        return make(name, **settings)[0].plan(step, 4, "clips", pictures)[0]
+
+    assert [sources("video", step, picture_every=4) == ["pictures"] for step in range(6)] == [
+        True, False, False, False, True, False]
     stage, clips = make("video", picture_every=4)
-    assert [stage.is_picture_step(step) for step in range(6)] == [True, False, False, False, True,
-                                                                  False]
-    assert stage.plan_batch(0, 1) == (128, 1) and stage.plan_batch(1, 4) == (32, 4)
+    assert stage.plan(0, 4, clips, "pictures")[1:] == (128, 1)
+    assert stage.plan(1, 4, clips, "pictures") == ([clips], 32, 4)
     batch, draw = stage.read([clips], 0, 4, 1, slice(None))
     assert batch.fps is None and batch.clips.shape[:2] == (4, 1)
     stage(batch, draw)[0].mean().backward()
     assert stage.network.conv_in.weight.grad.abs().sum() > 0
-    assert not make("image", picture_every=1)[0].is_picture_step(0)
-    assert not make("video", picture_every=0)[0].is_picture_step(0)
+    assert sources("image", picture_every=1) == ["clips", "pictures"]
+    assert sources("video", picture_every=0) == ["clips"]
+    assert sources("video", pictures=None, picture_every=1) == ["clips"]
     # on a still what is MagicVideo's own has no effect, and could not learn
-    assert not make("video", trainable="adaptor|temporal|fps")[0].is_picture_step(0)
-    assert make("video", trainable="adaptor|conv_in")[0].is_picture_step(0)
+    assert sources("video", picture_every=1, trainable="adaptor|temporal|fps") == ["clips"]
+    assert sources("video", picture_every=1, trainable="adaptor|conv_in") == ["pictures"]
 
 
 def test_a_clip_of_a_model_of_one_frame_keeps_its_fps():
@@ -255,10 +261,11 @@ def test_temporal_layers_of_the_vae_start_at_their_peak_rate_when_clips_begin():
     assert video["lr"] == pytest.approx(0.1 * s.lr)  # a warm-up of their own
 
 
-def test_gradient_checkpointing_keeps_less_and_has_the_same_gradients():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_keeps_less_and_has_the_same_gradients(precision):
     found = []
     for asked in (False, True):
-        stage, clips = make("video", gradient_checkpointing=asked)
+        stage, clips = make("video", gradient_checkpointing=asked, precision=precision)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
                                                       lambda x: x):
