@@ -320,6 +320,11 @@ def write_mp4(path: Path, pixels: np.ndarray, rate: Fraction) -> None:
         container.mux(stream.encode())
 
 
+def write_film_strip(path: str | Path, videos: Tensor) -> None:
+    """Write clips (n, f, 3, h, w) as one picture, a row of frames for each."""
+    write_clip(path, film_strip(videos)[None], fps=1)
+
+
 def film_strip(videos: Tensor) -> Tensor:
     """Lay clips (n, f, 3, h, w) out as one picture (3, H, W), a row for each clip."""
     return grid(videos.flatten(0, 1)[:, None], videos.shape[1])[0]

@@ -279,12 +279,14 @@ class ClipFolder(ClipDataset):
     def split(self, held_out_file: str = "") -> tuple["ClipFolder", "ClipFolder"]:
         """Part the clips to train on from those held out: every tenth, or those named in a file.
 
-        Of three to nine clips the last one is held out. One or two are all trained on, and stand in
+        It is every tenth of all clips, so that the same are held out where fewer can be used. Of
+        three to nine clips the last one is held out. One or two are all trained on, and stand in
         for the clips held out, which a note says.
         """
         every = range(len(self))
-        held_out = {*every[9::10]}
-        if 2 < len(self) < 10:
+        places = {name: place for place, name in enumerate(self.all_names, 1)}
+        held_out = {i for i in every if places[self.names[i]] % 10 == 0}
+        if not held_out and len(self) > 2:
             held_out = {len(self) - 1}
         if held_out_file:
             known = {loose_name(name): name for name in self.all_names}
@@ -294,12 +296,12 @@ class ClipFolder(ClipDataset):
                 if line := line.strip():
                     names.add(known.get(line) or known.get(loose_name(line)))
                     if None in names:
-                        raise InputError(f"--held-out {held_out_file}: {line!r:.100} is no clip of "
-                                         f"this folder; correct it")
+                        raise InputError(f"--held-out {held_out_file}: {line!r:.100} is no "
+                                         f"{self.kind[:-1]} of this folder; correct it")
             held_out = {i for i in every if self.names[i] in names}
             if not 0 < len(held_out) < len(self):
                 raise InputError(f"--held-out {held_out_file}: names {len(held_out)} of "
-                                 f"{len(self)} clips; name some of them, one a line")
+                                 f"{len(self)} {self.kind}; name some of them, one a line")
         trained = self.subset([i for i in every if i not in held_out])
         if not held_out:
             trained.notes = [*self.notes, f"{len(self)} {self.kind} are too few to hold one out: "
@@ -367,9 +369,9 @@ def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier:
                                captions=captions[split]) for split in ("train", "test"))
 
 
-def open_pictures(name: str, size: int, seed: int = 0,
+def open_pictures(name: str, size: int, seed: int = 0, held_out: str = "",
                   **of_folder) -> tuple[ClipDataset, ClipDataset]:
     """Open "shapes" or a folder of stills -> pictures to train on, and pictures held out."""
     if name == "shapes":
         return ShapePictures("train", size, seed), ShapePictures("test", size, seed)
-    return PictureFolder(name, size, seed, **of_folder).split()
+    return PictureFolder(name, size, seed, **of_folder).split(held_out)

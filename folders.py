@@ -41,10 +41,10 @@ SAVE_SECONDS = 10  # of decoding, at most, are lost when a process is killed
 def find_clips(folder: Path, stills: bool = False) -> tuple[list[Path], list[Path], list[Path]]:
     """List the clips of a folder at any depth, its other files, and what is passed over.
 
-    Both are in natural order. Hidden files, folders of macOS, folders of runs, and folders that are
-    linked twice are passed over. A subfolder that may not be read counts as a clip: its reading
-    says why. With `stills` every picture counts, and nothing else. Raises InputError where there is
-    none.
+    The first two are in natural order. Hidden files, folders of macOS, folders of runs, and folders
+    that are linked twice are passed over. A subfolder that may not be read counts as a clip: its
+    reading says why. With `stills` every picture counts, and nothing else. Raises InputError where
+    there is none.
     """
     flag, kind = ("--images", "pictures") if stills else ("--data", "clips")
     if not os.path.isdir(folder):
@@ -198,6 +198,9 @@ def read_text(file: Path) -> str:
                          f"{raw[error.start]:#x}); save it as UTF-8") from error
 
 
+EXTRA = "\0"  # the key of what a row of a .csv has beyond its columns
+
+
 def read_table(table: Path) -> Iterator[tuple[int, str, list[str]]]:
     """Read the rows of a .csv, .tsv, .jsonl or .json file: line number, file name, captions.
 
@@ -210,7 +213,7 @@ def read_table(table: Path) -> Iterator[tuple[int, str, list[str]]]:
         if table.suffix.lower() in (".csv", ".tsv"):
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter,
-                                    restkey="more", restval=0)
+                                    restkey=EXTRA, restval=0)
             rows = [(reader.line_num, row) for row in reader]
         elif table.suffix.lower() == ".json":
             rows = json.loads(text)
@@ -221,6 +224,10 @@ def read_table(table: Path) -> Iterator[tuple[int, str, list[str]]]:
             for line, content in enumerate(text.split("\n"), 1):
                 if content.strip():
                     rows.append((line, json.loads(content)))
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise InputError(f"{table}: line {line} cannot be read ({error.msg}); correct "
+                         f"it") from error
     except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise InputError(f"{table}: line {line} cannot be read ({error}); correct it") from error
     for line, row in rows:
@@ -232,7 +239,7 @@ def read_table(table: Path) -> Iterator[tuple[int, str, list[str]]]:
             texts = []
         texts = texts if isinstance(texts, list) else [texts]
         is_text = all(isinstance(text, str) for text in [name, *texts])
-        if not name or not is_text or isinstance(row.get("more"), list):
+        if not name or not is_text or EXTRA in row:
             found = ", ".join(f"{' '.join(key.split()):.40}: {value!r:.40}"
                               for key, value in row.items())
             raise InputError(f"{table}: line {line} must have file_name and text (in quotes where "

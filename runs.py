@@ -1,4 +1,4 @@
-"""The bottom of the house (all ours): mistakes in one line, the files of a run, signals, processes,
+"""What the commands share (all ours): mistakes in one line, the files of a run, signals, processes,
 optimizers with their schedule, and the moving average of the weights.
 
 A run writes OUT/model.pt, checkpoint.pt, log.csv, loss.png (with matplotlib) and samples/.
@@ -63,6 +63,9 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
                          f"model.pt of train.py, or a Stable Diffusion folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); change its "
+                         f"permissions") from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"{path}: not a model.pt of train.py, or cut off; train again") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:

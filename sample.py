@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: waiting th
 
 import torch
 
+import cascade
 from clip_files import check_writable, grid, write_clip
 from diffusion import SAMPLERS
 from magicvideo import MagicVideo
@@ -99,7 +100,6 @@ def main(arguments: list[str] | None = None) -> None:
     latents = model.sample(flags.prompts, fps, flags.steps, flags.guidance, flags.sampler,
                            flags.seed, decode=False)
     if flags.interpolate or flags.upscale:
-        import cascade
         with torch.no_grad():
             context = model.encode_text(flags.prompts)
     if flags.interpolate:

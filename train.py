@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from clip_files import film_strip, write_clip
+from clip_files import write_film_strip
 from data import ClipDataset, ClipFolder, Data, open_data, open_pictures
 from magicvideo import PRESETS, MagicVideo
 from runs import (BINS, EMA, InputError, add_up, append_log, build_optimizers, check_precision,
@@ -257,7 +257,7 @@ def held_out_loss(stage: Stage, data: Data, step: int) -> float:
 def draw_picture(path: Path, stage: Stage, data: Data) -> None:
     """Write a picture of how far the stage is."""
     rows = stage.picture(spread([data.held_out], 4))  # (n, f, 3, h, w)
-    write_clip(path, film_strip(rows)[None], fps=1)
+    write_film_strip(path, rows)
 
 
 @contextmanager
@@ -320,7 +320,8 @@ def check(s: Settings) -> None:
         if value not in choices.get(name, [value]):
             raise InputError(f'--{name} "{value}": use {", ".join(filter(None, choices[name]))}')
         if not isinstance(value, str) and not least <= value <= most:
-            raise InputError(f"--{name.replace('_', '-')} {value}: give {least} to {most}")
+            range_text = f"{least} to {most}" if name in highest else f"{least} or more"
+            raise InputError(f"--{name.replace('_', '-')} {value}: give {range_text}")
     try:
         re.compile(s.trainable)
     except re.error as error:
@@ -409,7 +410,7 @@ def scale_steps(s: Settings, overrides: dict, count: int, stages: list[type[Stag
              if name not in overrides]
     if share < 1 and names and process_rank() == 0:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
-        kind = "clips and pictures" if s.images else "clips"
+        kind = "pictures" if not s.data else "clips and pictures" if s.images else "clips"
         print(f"{count} {kind}, fewer than 1,000: {share:.0%} of the preset's {flags}")
     return replace(s, **{name: round(share * getattr(s, name)) for name in names})
 
@@ -452,9 +453,9 @@ def describe(model: MagicVideo, folder: ClipFolder, held_out: ClipFolder) -> Non
 def open_all(s: Settings, frames: int, size: int, rate_multiplier: int) -> Data:
     """Open the clips and the pictures of a run; pictures alone take the clips' place."""
     of_folder = {"store": s.frame_store, "skip_unusable": s.skip_unusable}
-    pictures = open_pictures(s.images, size, s.seed, **of_folder) if s.images else ()
     if not s.data:
-        return Data(*pictures)
+        return Data(*open_pictures(s.images, size, s.seed, s.held_out, **of_folder))
+    pictures = open_pictures(s.images, size, s.seed, **of_folder) if s.images else ()
     clips = open_data(s.data, frames, size, s.seed, rate_multiplier, s.held_out,
                       max_frames=s.max_frames, **of_folder)
     return Data(*clips, *pictures)

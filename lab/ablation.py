@@ -32,7 +32,7 @@ from lab.results import check_ranges, mean_interval, report, run_command
 import torch
 
 import train
-from clip_files import film_strip, write_clip
+from clip_files import write_film_strip
 from data import COLORS, MOTIONS, SHAPES, shape_captions
 from diffusion import Diffusion
 from lab import evaluate
@@ -78,7 +78,7 @@ def no_spatial_effect(model: MagicVideo) -> None:
 
 
 class Variant(NamedTuple):
-    """What one training does otherwise than the others of its claim."""
+    """How one training differs from the others of its claim."""
 
     alter: tuple[Callable[[MagicVideo], None], ...] = ()  # the new model
     alter_video: tuple[Callable[[MagicVideo], None], ...] = ()  # the model that stage image made
@@ -165,9 +165,10 @@ def new_model(seed: int, variant: Variant) -> MagicVideo:
 
 def run_folder(claim: str, name: str, seed: int, out: Path) -> Path:
     """Name the folder of a run, by the first of the claims' variants that are the same."""
-    same = [other for kind, variants in CLAIMS.items() for other in variants
-            if not {claim, kind} & {*UNSHARED} and variants[other] == CLAIMS[claim][name]]
-    return out / f"{[*same, name][0]}-{seed}".replace(" ", "-")
+    if claim not in UNSHARED:
+        name = next(other for kind, variants in CLAIMS.items() for other in variants
+                    if kind not in UNSHARED and variants[other] == CLAIMS[claim][name])
+    return out / f"{name}-{seed}".replace(" ", "-")
 
 
 def train_variant(variant: Variant, folder: Path, seed: int, data: list[str],
@@ -244,7 +245,7 @@ def judge_captions(model: MagicVideo, captions: list[str], folder: Path, name: s
     """Sample a clip of each caption, and count which words are right."""
     options = argparse.Namespace(steps=flags.sampling_steps, guidance=flags.guidance, seed=0)
     videos = evaluate.sample_prompts(model, captions, options, 8.0)
-    write_clip(folder / f"{name}.png", film_strip(videos[:24])[None], fps=1)
+    write_film_strip(folder / f"{name}.png", videos[:24])
     return count(captions, [judge(video) for video in videos])
 
 

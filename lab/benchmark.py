@@ -7,8 +7,8 @@ operations a value) are left out, and so is what a mask saves.
 
 import argparse
 import re
-import resource
 import statistics
+import sys
 import time
 from dataclasses import replace
 from multiprocessing import get_context
@@ -197,7 +197,14 @@ def training_step(frames: int, size: int, batch_size: int) -> dict:
             optimizer.zero_grad()
         average.update()
     return {"frames": frames, "side": size, "seconds a step": time.perf_counter() - started,
-            "GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "estimated": estimate}
+            "GB": most_memory(), "estimated": estimate}
+
+
+def most_memory() -> float:
+    """Return the most memory that this process has had, in GB."""
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def grow(batch_size: int) -> list[dict]:
@@ -216,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--grow", action="store_true", help="instead: time and memory of training "
                         "on 8 to 32 frames of 64 to 128 pixels, preset laptop")
     parser.add_argument("--batch-size", type=int, default=16, help="clips of a training step (16)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     parser.add_argument("--out", default="evaluation", help="folder of the numbers (evaluation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, rounds=(0, 10**6), batch_size=(1, 10**6))

@@ -5,6 +5,7 @@ no better than chance under shuffled captions. Read `lab/ablation.py` next.
 """
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cascade
-from clip_files import MAX_FRAMES, film_strip, write_clip
+from clip_files import MAX_FRAMES, write_film_strip
 from data import ClipFolder, ShapesDataset
 from lab.fvd import frechet_distance, i3d_features, load_i3d
 from lab.judge import balanced_prompts, confusions, count, judge, table_rows
@@ -34,7 +35,7 @@ def prompt_accuracy(model: MagicVideo, flags: argparse.Namespace) -> dict:
         if flags.split in (split, "both"):
             prompts = balanced_prompts(split) * flags.seeds
             videos = sample_prompts(model, prompts, flags, flags.fps)
-            write_clip(Path(flags.out) / f"{split}.png", film_strip(videos[:24])[None], fps=1)
+            write_film_strip(Path(flags.out) / f"{split}.png", videos[:24])
             judged[name] = (prompts, [judge(video, flags.fps) for video in videos])
     prompts, verdicts = next(iter(judged.values()))
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
@@ -88,10 +89,10 @@ def own_clips(model: MagicVideo, flags: argparse.Namespace) -> dict:
         captions = [*dict.fromkeys(filter(None, part.captions))]
         if not captions:
             raise InputError(f"--data {flags.data}: no {name}; add some to metadata.csv")
-        prompts = captions[:: -(-len(captions) // flags.prompts)]
+        prompts = captions[:: math.ceil(len(captions) / flags.prompts)]
         videos = sample_prompts(model, prompts, flags, flags.fps)
         picture = f"{name.removesuffix(' captions').replace(' ', '-')}.png"
-        write_clip(Path(flags.out) / picture, film_strip(videos[:24])[None], fps=1)
+        write_film_strip(Path(flags.out) / picture, videos[:24])
         cuts = torch.stack([part[part.captions.index(prompt)]["video"] for prompt in prompts])
         motion.append({"how much moves": name, **compare_motion(prompts, videos, cuts)})
         found = torch.stack([signature(clip) for clip in to_bytes(videos)])
@@ -145,7 +146,7 @@ def signature(frames: Tensor) -> Tensor:
 
 
 def matches(lists: list[str]) -> list[tuple[str, Callable]]:
-    """Name what shall agree, and tell whether a prompt and a caption do."""
+    """Return pairs of a name and a function, which tells whether a prompt and a caption agree."""
     def same_word(words: set[str], prompt: str, caption: str) -> bool:
         asked = words.intersection(prompt.split())
         return len(asked) == 1 and words.intersection(caption.split()) == asked
@@ -242,9 +243,9 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace) -> dict:
                   "encoded and decoded": model.decode(model.encode(true[None]))[0].cpu()}
         for name, video in videos.items():
             errors[name].append((video - true)[is_new].square().mean())
-        if i % -(-len(clips) // 8) == 0:
+        if i % math.ceil(len(clips) / 8) == 0:
             rows += [video[: 2 * gap + 1] for video in (true, *[*videos.values()][:2])]
-    write_clip(Path(flags.out) / "interpolation.png", film_strip(torch.stack(rows))[None], fps=1)
+    write_film_strip(Path(flags.out) / "interpolation.png", torch.stack(rows))
     return psnr_table(errors)
 
 
@@ -263,9 +264,9 @@ def upscaling(model: MagicVideo, flags: argparse.Namespace) -> dict:
         bicubic = cascade.upsample_bicubic(small).clamp(-1, 1)
         errors["upscaled"].append((upscaled - true).square().mean())
         errors["bicubic"].append((bicubic - true).square().mean())
-        if i % -(-len(clips) // 8) == 0:
+        if i % math.ceil(len(clips) / 8) == 0:
             rows.append(torch.cat([bicubic, upscaled, true], dim=1)[0].cpu())
-    write_clip(Path(flags.out) / "upscaling.png", film_strip(torch.stack(rows))[None], fps=1)
+    write_film_strip(Path(flags.out) / "upscaling.png", torch.stack(rows))
     return psnr_table(errors)
 
 
@@ -295,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (50)")
     parser.add_argument("--guidance", type=float, help="weight of the text (the model's)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second (8)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
     parser.add_argument("--out", default="evaluation", help="folder of the results (evaluation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, seeds=(1, 10**6), prompts=(1, 10**6), clips=(1, 10**6), seed=(0, 2**31),

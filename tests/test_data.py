@@ -213,6 +213,15 @@ def test_every_tenth_clip_of_a_folder_is_held_out_and_a_subset_keeps_its_caption
         len(split.captions) for split in open_data("shapes", 2, 8)]
 
 
+def test_the_same_clips_are_held_out_where_fewer_can_be_used(tmp_path, video):
+    names = [f"{n:02}.gif" for n in range(1, 21)]
+    folder_of(folder_of(tmp_path, video, *names), video[:3], "01.gif")
+    for frames in (2, 4):
+        folder = ClipFolder(tmp_path, frames, 8, skip_unusable=True)
+        assert len(folder) == 20 - (frames == 4)
+        assert folder.split()[1].names == ["10.gif", "20.gif"]
+
+
 def test_clips_of_which_the_rest_is_not_used_are_counted(tmp_path, video):
     folder_of(folder_of(tmp_path, video, "a.gif", "b.gif"), video[:3], "short.gif")
     assert len(ClipFolder(tmp_path, 2, 16).notes) == 1

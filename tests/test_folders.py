@@ -216,6 +216,7 @@ def test_captions_that_are_not_read_are_spoken_of_and_foreign_encodings_refused(
     ("metadata.json", "[" * 100_000, ["line 1 cannot be read", "correct it"]),
     ("metadata.json", "[" + "1" * 5000 + "]", ["line 1 cannot be read"]),
     ("metadata.json", "3", ["line 1 cannot be read"]),
+    ("metadata.json", '[{"file_name": "a.gif",\n"text": "x"},\n{"a" 1}]', ["line 3 cannot be read"]),
     ("metadata.csv", "file,said\na.gif,x\n", ["line 2", "file_name and text", "said: 'x'"]),
     ("metadata.csv", "file_name,text\na.gif\n", ["line 2", "file_name and text"]),
     ("metadata.csv", "file_name,text\na.gif,red, moving\n", ["line 2", "in quotes"]),
@@ -235,7 +236,7 @@ def test_rows_are_read_as_people_and_their_tools_write_them(tmp_path, video):
             {"file_name": "sub\\b.gif", "text": "of Windows"},
             {"file_name": "STRASSE.gif", "text": "of a system in capitals"},
             {"file_name": "d.gif", "text": ["one of several", "another", "a third"]},
-            {"file_name": "D.gif ", "text": "a row more"},
+            {"file_name": "D.gif ", "text": "a row more", "more": ["a column of any name"]},
             {"file_name": "e.gif", "text": float("nan")}]
     (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "clips" / "metadata.csv").write_text("file_name,text\ne.gif,from a table more\n")

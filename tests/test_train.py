@@ -448,8 +448,12 @@ def test_a_run_with_pictures_goes_on_exactly_and_with_no_others(pictures, monkey
 
 
 def test_pictures_alone_make_a_model_of_pictures(pictures, capsys):
-    train.main([*SHORT, "--images", "pictures", "--stage", "image", "--out", "run"])
+    Path("names.txt").write_text("3.jpg\n")
+    train.main([*SHORT, "--images", "pictures", "--stage", "image", "--out", "run", "--held-out",
+                "names.txt"])
     assert [r["stage"] for r in rows("run")] == ["vae"] * 2 + ["image"] * 2
+    settings = load_checkpoint("run/checkpoint.pt", "magicvideo-training")
+    assert "3.jpg" not in settings["clips"]
     assert capsys.readouterr().out.strip().endswith("run/model.pt --picture --out picture.png")
     sample.main(["red number 3", "--checkpoint", "run", "--picture", "--steps", "2",
                  "--out", "picture.png"])
