@@ -142,7 +142,8 @@ def object_tracks(coverage: Tensor) -> Tensor:
 
 
 LABELS = {"color": "color", "shape": "shape", "motion": "motion as in the data set",
-          "direction": "direction right", "all three": "color, shape, motion"}
+          "direction": "direction right", "axis": "direction right or opposite",
+          "all three": "color, shape, motion"}
 
 
 def balanced_prompts(split: str) -> list[str]:
@@ -159,6 +160,7 @@ def count(captions: list[str], verdicts: list[dict]) -> dict[str, tuple[int, int
         color, shape, motion = caption.split(" ", 3)[1:]
         truth = {"color": color, "shape": shape, "motion": motion, "direction": motion}
         hit = {key: verdict[key] == truth[key] for key in truth}
+        hit["axis"] = any({verdict["direction"], motion} <= {*trend} for trend in TRENDS)
         hits.append({**hit, "all three": all(hit[word] for word in WORDS)})
     return {key: (sum(hit[key] for hit in hits), len(hits)) for key in LABELS}
 

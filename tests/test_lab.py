@@ -51,6 +51,10 @@ def test_a_clip_played_backwards_moves_the_other_way(real):
     for clip in real[:24]:
         last = clip["caption"].split()[-1]
         assert judge(clip["video"].flip(0), clip["fps"])["motion"].endswith(opposite[last])
+    backwards = count([clip["caption"] for clip in real],
+                      [judge(clip["video"].flip(0), clip["fps"]) for clip in real])
+    assert backwards["axis"] == (96, 96) and backwards["direction"] == (0, 96)
+    assert count(["a red circle growing"], [judge(torch.zeros(8, 3, 64, 64))])["axis"] == (0, 1)
 
 
 def test_nothing_noise_and_two_objects_are_not_recognised(real):
