@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from clip_files import MAX_FRAMES
-from folders import TABLES, decode_once, find_clips, loose_name, read_captions, read_text
+from folders import TABLES, decode_once, find_clips, loose_name, read_captions, read_lines
 from runs import InputError
 
 
@@ -292,12 +292,12 @@ class ClipFolder(ClipDataset):
             known = {loose_name(name): name for name in self.all_names}
             known |= {name: name for name in self.all_names}
             names = set()
-            for line in read_text(Path(held_out_file)).split("\n"):
-                if line := line.strip():
-                    names.add(known.get(line) or known.get(loose_name(line)))
-                    if None in names:
-                        raise InputError(f"--held-out {held_out_file}: {line!r:.100} is no "
-                                         f"{self.kind[:-1]} of this folder; correct it")
+            for line in read_lines(Path(held_out_file)):
+                name = known.get(line) or known.get(loose_name(line))
+                if not name:
+                    raise InputError(f"--held-out {held_out_file}: {line!r:.100} is no "
+                                     f"{self.kind[:-1]} of this folder; correct it")
+                names.add(name)
             held_out = {i for i in every if self.names[i] in names}
             if not 0 < len(held_out) < len(self):
                 raise InputError(f"--held-out {held_out_file}: names {len(held_out)} of "
@@ -356,7 +356,7 @@ def open_data(name: str, frames: int, size: int, seed: int = 0, rate_multiplier:
     captions = {split: shape_captions(split) for split in ("train", "test")}
     if held_out:
         every = captions["train"] + captions["test"]
-        named = {line.strip() for line in read_text(Path(held_out)).split("\n")} - {""}
+        named = {*read_lines(Path(held_out))}
         captions = {"train": [caption for caption in every if caption not in named],
                     "test": [caption for caption in every if caption in named]}
         if unknown := sorted(named - {*every}):

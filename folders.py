@@ -129,55 +129,75 @@ def read_captions(folder: Path, clips: list[Path],
     several captions has its first. Returns the captions, the files that were not read, and notes.
     Raises InputError for a row that cannot be right, or that names a file outside the folder.
     """
-    stems = {clip: clip if os.path.isdir(clip) else clip.with_suffix("") for clip in clips}
-    by_name = {}
-    for clip in clips:
-        for name in {loose_name(clip), loose_name(stems[clip])}:
-            by_name.setdefault(name, []).append(clip)
-    captions = dict.fromkeys(clips, "")
-    read = set()
-    more = 0
-    not_clips = []
-    for table in others:
-        is_table = table.stem.lower() in ("metadata", "captions", "prompts")
-        if not is_table or table.suffix.lower() not in TABLES:
-            continue
-        read.add(table)
-        for line, name, texts in read_table(table):
-            place = f"{table}: line {line}: {name!r:.100}"
-            path = Path(os.path.abspath(table.parent / name))
-            if not os.path.exists(path):  # as Windows or a spreadsheet writes it
-                path = Path(os.path.abspath(table.parent / name.strip().replace("\\", "/")))
-            found = by_name.get(loose_name(path), [])
-            found = [clip for clip in found if os.path.abspath(clip) == str(path)] or found
-            if len(found) > 1:
-                raise InputError(f"{place} may be {' or '.join(clip.name for clip in found)}; "
-                                 f"write the whole name")
-            if not found and not os.path.exists(path):
-                raise InputError(f"{place} is no clip in this folder; add it or remove the line")
-            if not found and not path.is_relative_to(os.path.abspath(folder)):
-                raise InputError(f"{place} lies outside {folder}; move it there or remove the line")
-            if not found:
-                not_clips.append(place)
-                continue
-            for text in filter(None, texts):
-                captions[found[0]] = captions[found[0]] or text
-                more += text != captions[found[0]]
+    tables = [file for file in others if file.suffix.lower() in TABLES
+              and file.stem.lower() in ("metadata", "captions", "prompts")]
+    captions, notes = read_tables(tables, folder, clips)
+    read = {*tables}
     texts = {loose_name(file): file for file in others}
-    for clip, stem in stems.items():
+    for clip in clips:
+        stem = without_suffix(clip)
         places = [f"{stem}.txt", f"{stem}.caption", f"{stem.parent}/captions/{stem.name}.txt",
                   f"{stem.parent.parent}/captions/{stem.name}.txt"]
         found = [texts[name] for name in map(loose_name, places) if name in texts]
         read |= {*found}
         if found and not captions[clip]:
             captions[clip] = read_text(found[0])
+    texts = [text.encode("utf-8", "replace").decode() for text in captions.values()]
+    return [" ".join(text.split()) for text in texts], [f for f in others if f not in read], notes
+
+
+def read_tables(tables: list[Path], folder: Path,
+                clips: list[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Read the captions of clips from tables, "" where there is none, and notes."""
+    by_name = {}
+    for clip in clips:
+        for name in {loose_name(clip), loose_name(without_suffix(clip))}:
+            by_name.setdefault(name, []).append(clip)
+    captions = dict.fromkeys(clips, "")
+    more = 0
+    not_clips = []
+    for table in tables:
+        for line, name, texts in read_table(table):
+            place = f"{table}: line {line}: {name!r:.100}"
+            clip = find_clip(name, table.parent, folder, by_name, place)
+            if clip is None:
+                not_clips.append(place)
+                continue
+            for text in filter(None, texts):
+                captions[clip] = captions[clip] or text
+                more += text != captions[clip]
     notes = []
     if more:
         notes.append(f"{more} captions are not used: of several the first is the clip's")
     if not_clips:
         notes.append(f"{not_clips[0]} is no clip; {len(not_clips)} such lines passed over")
-    texts = [text.encode("utf-8", "replace").decode() for text in captions.values()]
-    return [" ".join(text.split()) for text in texts], [f for f in others if f not in read], notes
+    return captions, notes
+
+
+def find_clip(name: str, parent: Path, folder: Path, by_name: dict[str, list[Path]],
+              place: str) -> Path | None:
+    """Find the clip that a row of a table in `parent` names; None for another file of the folder.
+
+    Raises InputError, which begins with `place`, for several clips and for no file of the folder.
+    """
+    path = Path(os.path.abspath(parent / name))
+    if not os.path.exists(path):  # as Windows or a spreadsheet writes it
+        path = Path(os.path.abspath(parent / name.strip().replace("\\", "/")))
+    found = by_name.get(loose_name(path), [])
+    found = [clip for clip in found if os.path.abspath(clip) == str(path)] or found
+    if len(found) > 1:
+        raise InputError(f"{place} may be {' or '.join(clip.name for clip in found)}; write the "
+                         f"whole name")
+    if not found and not os.path.exists(path):
+        raise InputError(f"{place} is no clip in this folder; add it or remove the line")
+    if not found and not path.is_relative_to(os.path.abspath(folder)):
+        raise InputError(f"{place} lies outside {folder}; move it there or remove the line")
+    return found[0] if found else None
+
+
+def without_suffix(clip: Path) -> Path:
+    """Return the path of a clip without the suffix of a file; a folder has none."""
+    return clip if os.path.isdir(clip) else clip.with_suffix("")
 
 
 def loose_name(path: str | Path) -> str:
@@ -196,6 +216,11 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: its encoding is not UTF-8 (byte {error.start} is "
                          f"{raw[error.start]:#x}); save it as UTF-8") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a text file that are not blank, without white space around them."""
+    return [line.strip() for line in read_text(file).split("\n") if line.strip()]
 
 
 EXTRA = "\0"  # the key of what a row of a .csv has beyond its columns

@@ -102,7 +102,7 @@ MUTATIONS = [
     ("data.py", "held_out = m == (c + 2 * s) % 6", "held_out = m == (c + s) % 6", "data"),
     ("data.py", "indices = total - 1 - indices", "indices = total - indices", "data"),
     ("data.py", "self.rng(i, self.split == \"test\", 1)", "self.rng(i, 1)", "data pictures"),
-    ("data.py", "held_out = {*every[9::10]}", "held_out = {*every[8::10]}", "data"),
+    ("data.py", "enumerate(self.all_names, 1)}", "enumerate(self.names, 1)}", "data"),
     ("data.py", ".permute(0, 3, 1, 2) / 127.5 - 1", ".permute(0, 3, 1, 2) / 128 - 1", "data"),
     ("folders.py", "end <= 4 * used", "end <= 400 * used", "folders"),
     ("folders.py", "os.fsync(file.fileno())", "pass", "folders"),
