@@ -10,9 +10,9 @@
 
 Every variant starts from the same new model with the VideoVAE of the shipped one; those of flicker
 from the shipped one, with new temporal layers in its VideoVAE. A part that is not trained stays at
-its start, where it has no effect. Runs are those of train.py and are kept: a
-command that was stopped goes on with the run that it was at, and several commands with other
---seeds or --variants can share the work.
+its start, where it has no effect. Runs are those of train.py and are kept, and so is what was
+measured of them: a command that was stopped goes on with the run that it was at, and several
+commands with other --seeds or --variants can share the work.
 """
 
 import argparse
@@ -259,8 +259,7 @@ def measure(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespa
     return json.loads(kept.read_text())
 
 
-def measure_anew(claim: str, name: str, seed: int, out: Path,
-                  flags: argparse.Namespace) -> dict:
+def measure_anew(claim: str, name: str, seed: int, out: Path, flags: argparse.Namespace) -> dict:
     """Train a variant, or take its run; count for each group of captions which words are right."""
     variant = CLAIMS[claim][name]
     folder = run_folder(claim, name, seed, out)
@@ -346,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f'--variants "{name}": use some of {known}')
     kind = "pictures-" if flags.claim == "pictures" else ""
     bf16 = "-bf16" if flags.precision == "bf16" else ""
-    # runs of other lengths are other runs
+    # runs of another length or precision are others
     out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}{bf16}"
     measured = {}
     for name in variants:
