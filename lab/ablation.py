@@ -9,7 +9,7 @@
     flicker     VideoVAE with and without its temporal layers                (paper, VideoVAE)
 
 Every variant starts from the same new model with the VideoVAE of the shipped one; those of flicker
-from the shipped one, with new temporal layers in its VideoVAE. A part that is not trained stays at
+from --checkpoint, with new temporal layers in its VideoVAE. A part that is not trained stays at
 its start, where it has no effect. Runs are those of train.py and are kept, and so is what was
 measured of them: a command that was stopped goes on with the run that it was at, and several
 commands with other --seeds or --variants can share the work.
@@ -201,17 +201,19 @@ def train_variant(variant: Variant, folder: Path, seed: int, data: list[str],
 
 def train_decoder(variant: Variant, folder: Path, seed: int,
                   flags: argparse.Namespace) -> MagicVideo:
-    """Train the decoder of the shipped model on clips, with new temporal layers or without."""
+    """Train the decoder of --checkpoint on clips, with new temporal layers or without."""
     start = Path(f"{folder}.pt")
     start.parent.mkdir(parents=True, exist_ok=True)
     if not start.exists():
-        model = MagicVideo.load(SHIPPED)
+        model = MagicVideo.load(flags.checkpoint)
         torch.manual_seed(seed)
         new = VideoVAE(model.config.vae)
         model.vae.decoder.temporal_attentions = new.decoder.temporal_attentions
         model.save(start)
+    held_out = ["--held-out", *flags.held_out] if flags.held_out else []
     return train_once(folder, "--stage", "vae", "--init-from", start, "--vae-steps", flags.steps,
-                      "--seed", seed, "--precision", flags.precision, *variant.video)
+                      "--seed", seed, "--precision", flags.precision, "--data", flags.data,
+                      *held_out, *variant.video)
 
 
 @torch.no_grad()
@@ -221,12 +223,14 @@ def measure_flicker(model: MagicVideo, flags: argparse.Namespace) -> dict[str, f
     Flicker is in steps of 255: the frame differences of posterior samples where the real clip
     stands still, and of sampled clips their second differences, in which motion counts little.
     """
-    options = argparse.Namespace(data="shapes", clips=240, seed=0, fps=8.0)
+    options = argparse.Namespace(data=flags.data, held_out=flags.held_out, clips=240, seed=0,
+                                 fps=8.0, frame_store="runs/frames")
     measured = evaluate.reconstruction(model, options)["rows"]
     found = {f"PSNR of {row['name']}": row["PSNR"] for row in measured}
     generator = torch.Generator().manual_seed(0)
     flicker = []
-    for clip in evaluate.real_clips(model, options):
+    clips = evaluate.real_clips(model, options)
+    for clip in clips:
         mean, logvar = model.vae.encode(clip["video"][None])
         eps = torch.randn(mean.shape, generator=generator)
         video = model.vae.decode(model.vae.sample_latents(mean, logvar, eps))[0]
@@ -234,7 +238,9 @@ def measure_flicker(model: MagicVideo, flags: argparse.Namespace) -> dict[str, f
         flicker.append(video.diff(dim=0)[:, still].square().mean())
     found["flicker of posterior samples"] = 127.5 * float(torch.stack(flicker).mean().sqrt())
     options = argparse.Namespace(steps=flags.sampling_steps, guidance=flags.guidance, seed=0)
-    videos = evaluate.sample_prompts(model, balanced_prompts("test") * 3, options, 8.0)
+    captions = balanced_prompts("test") * 3 if flags.data == "shapes" else [
+        clip["caption"] for clip in clips[:: max(1, len(clips) // 72)]]
+    videos = evaluate.sample_prompts(model, captions, options, 8.0)
     second = videos.diff(dim=1).diff(dim=1)
     found["flicker of sampled clips"] = 127.5 * float(second.square().mean().sqrt())
     return found
@@ -335,15 +341,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, help="weight of the text (the model's)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
                         help="of training: fp32 or bf16 (fp32)")
+    parser.add_argument("--checkpoint", default=str(SHIPPED), help="of flicker: whose decoder "
+                        "is trained on (the shipped shapes)")
+    parser.add_argument("--data", default="shapes", help="of flicker: a folder of clips (shapes)")
+    parser.add_argument("--held-out", nargs=1, default=[], metavar="FILE",
+                        help="of flicker: names the clips of --data that are held out")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9), sampling_steps=(1, 1000))
+    if flags.data != "shapes" and flags.claim != "flicker":
+        raise InputError(f"--data {flags.data}: is for flicker; {flags.claim} takes shapes")
     variants = flags.variants or [*CLAIMS[flags.claim]]
     for name in variants:
         if name not in CLAIMS[flags.claim]:
             known = ", ".join(f'"{variant}"' for variant in CLAIMS[flags.claim])
             raise InputError(f'--variants "{name}": use some of {known}')
     kind = "pictures-" if flags.claim == "pictures" else ""
+    if flags.data != "shapes":
+        kind = f"{Path(flags.data).name}-"
     bf16 = "-bf16" if flags.precision == "bf16" else ""
     # runs of another length or precision are others
     out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}{bf16}"

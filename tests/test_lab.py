@@ -320,21 +320,24 @@ def test_a_claim_is_measured_for_every_variant_and_seed_and_compared_seed_by_see
     assert found["held-out loss"][0]["mean"].startswith("1.0000 [")
     with pytest.raises(InputError, match='--variants "both": use some of "strict", "literal"'):
         ablation.main(["masks", "--variants", "both"])
+    with pytest.raises(InputError, match="--data clips: is for flicker; masks takes shapes"):
+        ablation.main(["masks", "--data", "clips"])
 
 
 def test_flicker_is_measured_with_new_temporal_layers_and_kept(model, tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(ablation, "SHIPPED", model)
     monkeypatch.setattr(ablation, "train_once", lambda folder, *flags: (
         commands.append(flags) or MagicVideo.load(flags[3])))
     monkeypatch.setattr(ablation.evaluate, "ShapesDataset", lambda *cut, **_: [
         ShapesDataset(*cut)[i] for i in range(2)])
     monkeypatch.setattr(ablation, "balanced_prompts", lambda split: ["a red circle growing"])
-    flags = Namespace(steps=3, precision="bf16", sampling_steps=2, guidance=None)
+    flags = Namespace(steps=3, precision="bf16", sampling_steps=2, guidance=None, checkpoint=model,
+                      data="shapes", held_out=[])
     found = ablation.measure("flicker", "without temporal layers", 1, tmp_path, flags)
     assert len(found) == 6 and all(value > 0 for value in found.values())
     (command,) = commands
-    assert command[-3:] == ("bf16", "--trainable", "^(?!.*temporal)(decoder|post_quant)")
+    assert command[-4:-1] == ("--data", "shapes", "--trainable")
+    assert command[-1] == "^(?!.*temporal)(decoder|post_quant)"
     weights, shipped = (MagicVideo.load(path).state_dict() for path in (command[3], model))
     new = {name for name in weights if not torch.equal(weights[name], shipped[name])}
     assert new and all("decoder.temporal_attentions" in name for name in new)
