@@ -31,7 +31,7 @@ class MagicVideoConfig:
     size: int = 256  # height and width of a frame, in pixels
     guidance: float = 7.5  # defaults of sample.py
     steps: int = 50
-    pretrained: bool = False  # from SD: text encoder and VAE encoder are never trained
+    pretrained: bool = False  # from SD: its text encoder and its VAE are never trained
     v_prediction: bool = False  # a model from SD whose network predicts v, see tiny.py
     staggered: bool = False  # frames are denoised one after another, see tiny.py
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)

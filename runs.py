@@ -394,7 +394,7 @@ def build_optimizers(modules: list[nn.Module], groups: list[dict],
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], peaks: tuple[float, ...], step: int,
                        steps: int, warmup: int) -> None:
-    """Raise the learning rate of every group linearly from its start, then lower it as a cosine."""
+    """Set the learning rate of every group: a cosine from its start, times a linear warm-up."""
     for optimizer, peak in zip(optimizers, peaks):
         for group in optimizer.param_groups:
             done = max(0, step - group["start"])

@@ -73,7 +73,7 @@ class Stage(nn.Module):
     name = ""
     reads_latents = True
     starts_alone = False  # --stage NAME needs no --init-from
-    needs_clips = True  # pictures alone do not do
+    needs_clips = True  # cannot train on --images alone
     skipped_from = None  # starts that have been through this stage: "ours" or "Stable Diffusion"
     clip_frames = 0  # frames of a clip of the data set; 0 = the model's
     rate_multiplier = 1  # of the frame rate of clips
@@ -87,8 +87,8 @@ class Stage(nn.Module):
         self.network = network
         self.diffusion = diffusion
         self.steps = getattr(s, f"{self.name}_steps")
-        for level in network.modules() if s.gradient_checkpointing else ():
-            if isinstance(level, Level):
+        for level in network.modules():
+            if s.gradient_checkpointing and isinstance(level, Level):
                 level.layer = partial(
                     checkpoint, partial(Level.layer, level), use_reentrant=False,
                     context_fn=lambda: (nullcontext(), autocast(model.device, s.precision)))
@@ -170,6 +170,12 @@ class Stage(nn.Module):
                              f"{self.name} trains; add --stage for the stage that you mean")
         return chosen
 
+    def freeze_the_rest(self) -> None:
+        """Let the chosen weights alone have gradients."""
+        self.requires_grad_(False)
+        for p in self.chosen().values():
+            p.requires_grad_(True)
+
     def video_start(self) -> int:
         """Return the step from which on the video weights learn."""
         return 0
@@ -184,7 +190,7 @@ class Stage(nn.Module):
     # What it minimises, draws and hands on
 
     def forward(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of each clip in the precision of the run."""
+        """Compute `loss` in the precision of the run."""
         with autocast(self.model.device, self.s.precision):
             return self.loss(batch, draw)
 
@@ -204,9 +210,9 @@ class Vae(Stage):
     """The VideoVAE: reconstruction + KL (paper §3, VideoVAE; squared error, not LPIPS, is ours).
 
     For its first four fifths it sees single frames, since those of one clip are nearly alike; with
-    --images every other one is a still. Then it sees clips, for the temporal layers (ours). An
-    encoder from Stable Diffusion stays as it is, since its latents must remain what the U-Net
-    knows: then it sees clips alone.
+    --images every other one is a still. Then it sees clips, for the temporal layers (ours). Where
+    the U-Net is from Stable Diffusion, so is the VAE, and stays as it is: the temporal layers alone
+    learn, from clips alone.
     """
 
     name = "vae"
@@ -391,6 +397,7 @@ class Upscale(Cascade):
     name = "upscale"
     reads_latents = False
     clip_frames = 1
+    needs_clips = False
     scale = cascade.SCALE
     defaults = {"max_frames": 8}  # 16 times as large, and those of a clip are nearly alike
 

@@ -71,7 +71,8 @@ class Settings:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     data: str = flag("shapes", 'folder of clips, or "shapes"')
     images: str = flag("", 'folder of captioned pictures, or "shapes", beside the clips')
-    picture_every: int = flag(10, "with --images: every n-th step of stage video is on pictures")
+    picture_every: int = flag(10, "with --images: every n-th step of stage video is on pictures; "
+                              "0 = none")
     skip_unusable: bool = flag(False, "leave out clips that are damaged or too short")
     max_frames: int = flag(1000, "frames read of each clip, from its start")
     held_out: str = flag("", "file that names the clips held out (default: every tenth)")
@@ -151,9 +152,10 @@ def train_stage(stage: Stage, data: Data, latents: list[Source | None], out: Pat
                        "seconds": f"{time.time() - started:.2f}", **describe_bins(bins)}
                 if s.sample_every and (done == stage.steps
                                        or done % s.sample_every == 0 and not stop):
-                    with average.applied():
+                    picture = out / "samples" / f"{stage.name}-{done:06d}.png"
+                    with average.applied(), record(picture):
                         row["held_out_loss"] = f"{held_out_loss(stage, data, step):.6f}"
-                        draw_picture(out / "samples" / f"{stage.name}-{done:06d}.png", stage, data)
+                        draw_picture(picture, stage, data)
                 with record(out / "log.csv"):
                     append_log(out / "log.csv", row)
                 if done == stage.steps or total[1] or done % s.save_every == 0:
@@ -188,9 +190,7 @@ def make_optimizers_and_average(
     """Return the optimizers and the moving average of a stage: new, or as they were saved."""
     groups = stage.parameter_groups()
     parameters = [p for group in groups for p in group["params"]]
-    stage.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
+    stage.freeze_the_rest()
     optimizers = build_optimizers([stage.network, stage.model.text_encoder], groups,
                                   stage.s.muon_lr > 0)
     average = EMA(parameters, stage.s.ema)
@@ -265,7 +265,7 @@ def record(path: Path):
     """Go on, and say so, where a record cannot be written: it must not end a training."""
     try:
         yield
-    except OSError as error:
+    except (OSError, InputError) as error:
         tqdm.write(f"{path} is not written: {error}", file=sys.stderr)
 
 
@@ -332,12 +332,16 @@ def check(s: Settings) -> None:
     if not s.data and (not s.stage or STAGES[s.stage].needs_clips):
         raise InputError(f"--images {s.images}: pictures do not move; add --data FOLDER of clips, "
                          f"or --stage image for a model of pictures alone")
-    if s.stage and s.data and not STAGES[s.stage].starts_alone and not s.init_from:
+    if s.picture_every == 1 and s.images and s.data:
+        raise InputError("--picture-every 1: leaves no step for clips; give 2 or more, or 0")
+    after_vae = s.stage in BASE_STAGES and not s.data  # pictures alone
+    if s.stage and not (STAGES[s.stage].starts_alone or after_vae or s.init_from):
         raise InputError(f"--stage {s.stage}: needs a trained model; add --init-from MODEL.pt")
 
 
 # at --resume
-CAN_CHANGE = ("data", "images", "held_out", "frame_store", "save_every", "sample_every")
+CAN_CHANGE = ("data", "images", "held_out", "frame_store", "save_every", "sample_every",
+              "accumulate", "gradient_checkpointing")
 
 
 def resume(out: Path, overrides: dict) -> tuple[Settings, MagicVideo, dict]:
@@ -365,6 +369,8 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     model = None
     if path := overrides.get("init_from"):
         model = MagicVideo.load(path, frames=overrides.get("frames") or None)
+        if model.config.preset != "tiny" and not {"data", "images"} & {*overrides}:
+            raise InputError(f"--init-from {path}: add --data FOLDER with the clips to train it on")
         overrides = {"preset": model.config.preset, **overrides}
     elif {overrides.get("data", "shapes"), overrides.get("images", "shapes")} != {"shapes"}:
         overrides = {"preset": "laptop", **overrides}
@@ -391,8 +397,7 @@ def choose_stages(s: Settings, pretrained: bool) -> list[type[Stage]]:
         stage = STAGES[name]
         if stage.skipped_from == start and not s.stage:
             if process_rank() == 0:
-                print(f"stage {name} is left out: {s.init_from} has been through it; --stage "
-                      f"{name} trains it")
+                print(f"stage {name} is left out: {s.init_from} has been through it")
         elif getattr(s, f"{name}_steps"):
             stages.append(stage)
     if not stages:
@@ -425,7 +430,7 @@ def count_processes(s: Settings, stages: list[type[Stage]], frames: int) -> int:
 def fit_batch(s: Settings, overrides: dict, count: int) -> Settings:
     """Let a default batch have a clip for each micro-batch of each process, and say so.
 
-    Raises InputError for a batch that a flag gives and that cannot be shared equally.
+    Raises InputError for a batch that `overrides` gives and that cannot be shared equally.
     """
     parts = count * s.accumulate
     if s.batch_size % parts == 0:
@@ -477,6 +482,7 @@ def estimate_minutes(stage: Stage, clips: ClipDataset) -> float:
     if stage.s.cache and stage.reads_latents:
         item["z0"] = stage.model.encode(item.pop("video")[None])[0].cpu()
     items = [item] * micro_batch_size(size, stage.s.accumulate)
+    stage.freeze_the_rest()
     for _ in range(3):  # the last counts
         started = time.time()
         draw = Draw(torch.Generator(), size, shards[0])
@@ -496,6 +502,7 @@ def estimate_memory(stage: Stage, clips: ClipDataset) -> float:
     """
     size, frames = stage.plan_batch(stage.steps - 1, clips.frames)
     count = micro_batch_size(size, stage.s.accumulate)
+    stage.freeze_the_rest()
     sizes = {}  # of storages, by address: several tensors can share one
 
     def pack(x: Tensor) -> Tensor:
@@ -546,8 +553,10 @@ def train(stages: list[Stage], data: Data, out: Path, resumed: dict | None) -> N
         resumed = None
     if process_rank() == 0:
         model.save(out / "model.pt")
-        if lowest := lowest_held_out_loss(out / "log.csv", stage.name):
-            say(f"stage {stage.name}: the held-out loss was lowest at step {lowest}")
+        for stage in stages:
+            lowest = lowest_held_out_loss(out / "log.csv", stage.name)
+            if stage.diffusion and lowest:  # that of stage vae is of frames first, then of clips
+                say(f"stage {stage.name}: the held-out loss was lowest at step {lowest}")
     pictures = f", pictures in {out}/samples" if (out / "samples").is_dir() else ""
     prompt = min(filter(None, data.clips.captions), key=len, default="")[:200]
     kind = "" if s.data else " --picture --out picture.png"  # a model of pictures alone
@@ -581,7 +590,7 @@ def main(arguments: list[str], script: str | None = None) -> None:
     count = process_count()
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
         count = flags.ranks or count_processes(s, classes, frames)
-    s = fit_batch(s, overrides, count)
+    s = fit_batch(s, overrides | {"batch_size": s.batch_size} if resumed else overrides, count)
     data = open_all(s, frames, config.size * classes[-1].scale, classes[-1].rate_multiplier)
     if resumed and resumed["clips"] != data.names():
         folders = f"--data {s.data}" + (f", --images {s.images}" if s.images else "")

@@ -95,13 +95,13 @@ def frozen(names: str) -> tuple[str, str]:
 
 CLAIMS = {
     "pictures": {
-        "mixed in, every tenth step": Variant(video=("--picture-every", "10")),
-        "pictures mixed in": Variant(video=("--picture-every", "4")),
-        "stage image, then video": Variant(video=("--picture-every", "0")),
-        "the same, text encoder frozen": Variant(
+        "stills in every 10th step": Variant(video=("--picture-every", "10")),
+        "stills in every 4th step": Variant(video=("--picture-every", "4")),
+        "no stills in stage video": Variant(video=("--picture-every", "0")),
+        "no stills, text encoder frozen": Variant(
             video=("--picture-every", "0", *frozen("text_encoder"))),
-        "mixed in, text encoder frozen": Variant(video=frozen("text_encoder")),
-        "the same, new parts alone": Variant(
+        "every 10th step, text encoder frozen": Variant(video=frozen("text_encoder")),
+        "no stills, new parts alone": Variant(
             video=("--picture-every", "0", "--trainable", "adaptor|temporal|fps")),
         "stage video alone": Variant(has_image_stage=False, video=("--picture-every", "0")),
         "two colors move": Variant(video=("--picture-every", "10"), moving="red|blue"),
@@ -228,15 +228,16 @@ def measure_flicker(model: MagicVideo, flags: argparse.Namespace) -> dict[str, f
     measured = evaluate.reconstruction(model, options)["rows"]
     found = {f"PSNR of {row['name']}": row["PSNR"] for row in measured}
     generator = torch.Generator().manual_seed(0)
-    flicker = []
+    squares = pixels = 0
     clips = evaluate.real_clips(model, options)
     for clip in clips:
         mean, logvar = model.vae.encode(clip["video"][None])
         eps = torch.randn(mean.shape, generator=generator)
         video = model.vae.decode(model.vae.sample_latents(mean, logvar, eps))[0]
         still = (clip["video"] == clip["video"][:1]).all(0)  # (3, h, w)
-        flicker.append(video.diff(dim=0)[:, still].square().mean())
-    found["flicker of posterior samples"] = 127.5 * float(torch.stack(flicker).mean().sqrt())
+        differences = video.diff(dim=0)[:, still]
+        squares, pixels = squares + differences.square().sum(), pixels + differences.numel()
+    found["flicker of posterior samples"] = 127.5 * float((squares / pixels).sqrt())
     options = argparse.Namespace(steps=flags.sampling_steps, guidance=flags.guidance, seed=0)
     captions = balanced_prompts("test") * 3 if flags.data == "shapes" else [
         clip["caption"] for clip in clips[:: max(1, len(clips) // 72)]]
@@ -357,8 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
             known = ", ".join(f'"{variant}"' for variant in CLAIMS[flags.claim])
             raise InputError(f'--variants "{name}": use some of {known}')
     kind = "pictures-" if flags.claim == "pictures" else ""
-    if flags.data != "shapes":
-        kind = f"{Path(flags.data).name}-"
+    if (flags.data, flags.checkpoint) != ("shapes", str(SHIPPED)):
+        kind = re.sub(r"\W+", "-", f"{flags.data}-{flags.checkpoint}-")
     bf16 = "-bf16" if flags.precision == "bf16" else ""
     # runs of another length or precision are others
     out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}{bf16}"

@@ -1,4 +1,4 @@
-"""Measure a model: does it follow its captions, judged from pixels alone? (ours); other measures.
+"""Measure whether sampled clips follow their captions, judged from pixels alone (ours), and more.
 
 Two columns of the table watch over the judge (`lab/judge.py`): it must be right on real clips, and
 no better than chance under shuffled captions. Read `lab/ablation.py` next.
@@ -180,8 +180,9 @@ def rates(model: MagicVideo, flags: argparse.Namespace) -> dict:
                      "cut at, fps": sum(clip["fps"] for clip in real) / len(real)})
     four, eight, sixteen = speeds
     is_slower = (four > eight) & (eight > sixteen)
+    is_judged = ~(four + eight + sixteen).isnan()
     return {"rows": rows, "slower from 4 to 8 to 16 fps":
-            f"{int(is_slower.sum())} of {int((~sum(speeds).isnan()).sum())} clips"}
+            f"{int(is_slower.sum())} of {int(is_judged.sum())} clips"}
 
 
 def reconstruction(model: MagicVideo, flags: argparse.Namespace) -> dict:
@@ -212,8 +213,9 @@ def fvd(model: MagicVideo, flags: argparse.Namespace) -> dict:
     """Compute FVD to real clips of samples of their captions, and of other real clips."""
     i3d = {name: weight.to(model.device) for name, weight in load_i3d().items()}
     real = real_clips(model, flags)
+    others = "other real clips" if flags.data == "shapes" else "the same clips, cut again"
     videos = {"samples": sample_prompts(model, [c["caption"] for c in real], flags, flags.fps),
-              "other real clips": torch.stack([c["video"] for c in real_clips(model, flags, 1)])}
+              others: torch.stack([c["video"] for c in real_clips(model, flags, 1)])}
     reference = i3d_features(i3d, torch.stack([clip["video"] for clip in real]))
     return {"rows": [{"name": name, "clips": len(real),
                       "FVD": frechet_distance(reference, i3d_features(i3d, clips))}
@@ -237,8 +239,10 @@ def interpolation(model: MagicVideo, flags: argparse.Namespace) -> dict:
         keys = model.encode(true[None, ::gap])
         context = model.encode_text([clip["caption"]])
         z = network.sample(keys, context, clip["fps"] / gap, seed=flags.seed + i)
+        decoded_keys = model.decode(keys)[0].cpu()
         videos = {"interpolated": model.decode(z)[0].cpu(),
                   "cross-fade": torch.tensordot(shares, true[::gap], dims=1),
+                  "cross-fade of decoded key frames": torch.tensordot(shares, decoded_keys, dims=1),
                   "nearest key frame": true[(times + 0.5).long() * gap],
                   "encoded and decoded": model.decode(model.encode(true[None]))[0].cpu()}
         for name, video in videos.items():

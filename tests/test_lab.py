@@ -451,8 +451,8 @@ def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_pa
     flags = ["--image-steps", "2", "--steps", "3", "--out", str(tmp_path)]
     found = []
     monkeypatch.setattr(ablation, "tables", lambda measured: found.append(measured) or {})
-    ablation.main(["pictures", *flags, "--seeds", "0", "--variants", "pictures mixed in",
-                   "stage video alone", "the same, text encoder frozen", "two shapes move"])
+    ablation.main(["pictures", *flags, "--seeds", "0", "--variants", "stills in every 4th step",
+                   "stage video alone", "no stills, text encoder frozen", "two shapes move"])
     (mixed,), (alone,), _, (shapes,) = found[0].values()
     assert mixed == alone and [len(captions) for captions in mixed.values()] == [72, 72]
     moving, still = ({c.split()[1] for c in captions} for captions in mixed.values())

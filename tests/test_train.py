@@ -267,6 +267,35 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_its_log_says_every_st
     assert equal(weights(whole), weights("run"))
 
 
+def test_a_run_goes_on_with_smaller_micro_batches_where_memory_was_short(whole, monkeypatch):
+    train_stage = train.train_stage
+
+    def killed(stage, *arguments):
+        if stage.name == "image":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        train_stage(stage, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="not enough memory"):
+        patched.setattr(train, "train_stage", killed)
+        train.main([*SHORT, "--out", "run"])
+    less = ["--accumulate", "2", "--gradient-checkpointing"]
+    train.main(["--resume", "--out", "run", "--device", "cpu", *less])
+    pairs = zip(weights(whole).values(), weights("run").values())
+    assert all(close(one, other, 1e-2) for one, other in pairs)
+    with pytest.raises(InputError, match="--batch-size 4: the run in run was started with"):
+        train.main(["--resume", "--out", "run", "--batch-size", "4"])
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(whole, monkeypatch, capsys):
+    def full(*arguments):
+        raise InputError("--out samples: No space left on device")
+
+    monkeypatch.setattr(train, "draw_picture", full)
+    train.main([*SHORT, "--sample-every", "2", "--out", "run"])
+    assert equal(weights(whole), weights("run"))
+    assert "run/samples/vae-000002.png is not written: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("reason", ["", "CUDA out of memory. Tried to allocate 9.00 GiB"])
 def test_a_run_that_does_not_fit_names_the_flags_that_take_less_memory(monkeypatch, reason):
     def forward(*arguments):
@@ -423,6 +452,12 @@ def test_pictures_train_stages_vae_and_image_and_every_nth_step_of_stage_video(
         ("video", pictured), *[("video", moving)] * 3, ("video", pictured)]
     assert "preset laptop" in said
     assert {"red number 3", "a red circle growing"} <= {*captions[0]}  # the tokenizer learns both
+
+
+def test_pictures_alone_train_super_resolution(pictures, whole):
+    train.main([*SHORT, "--images", "pictures", "--stage", "upscale", "--init-from", str(whole),
+                "--upscale-steps", "1", "--out", "run"])
+    assert [*MagicVideo.load("run").cascade] == ["upscale"]
 
 
 def test_a_run_with_pictures_goes_on_exactly_and_with_no_others(pictures, monkeypatch):
@@ -801,6 +836,9 @@ def test_where_a_process_dies_the_others_end_in_one_line_and_the_run_goes_on():
     (["--trainable", "("], r'--trainable "\(": '),
     (["--resume"], "--resume: name the run's folder with --out"),
     (["--max-frames", "0"], "--max-frames 0: give 1"),
+    (["--images", "shapes", "--data", "shapes", "--picture-every", "1"], "no step for clips"),
+    (["--stage", "upscale", "--images", "shapes"], "--stage upscale: needs a trained model"),
+    (["--init-from", str(ROOT / "checkpoints/animations.pt")], "animations.pt: add --data FOLDER"),
     (["--resume", "--out", "empty"], "--resume: no checkpoint.pt in empty"),
 ])
 def test_wrong_flags_are_one_line_and_write_nothing(tmp_path, flags, words):
