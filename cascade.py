@@ -1,7 +1,7 @@
 """After the key frames (paper §3): interpolation, 16 -> 61 frames; super-resolution, 256 -> 1024
 pixels. Both are the U-Net of `unet3d.py` under diffusion again, with a concatenated condition:
 
-    Interpolator   three noisy latents; condition: the latents of the adjacent key frames
+    Interpolator   a noisy residual of three latents; condition: the adjacent key frames' latents
     Upscaler       a noisy residual in pixels; condition: bicubic upsampling of the small frame
 
 The paper says that they exist, and little more: sizes, inputs and losses are ours. Both begin
@@ -45,6 +45,7 @@ def with_condition(unet: UNet3D, condition: Tensor, level: Tensor | None = None)
 # Interpolation: f key frames -> 4 f - 3 frames
 
 NEW_FRAMES = 3  # between two key frames: 16 -> 61, as many as the authors' long demo shows
+LATENT_SCALE = 4  # z_0 = LATENT_SCALE * (latents - cross-fade): about as large as noise
 
 
 def adjacent_key_frames(keys: Tensor) -> Tensor:
@@ -56,11 +57,19 @@ def adjacent_key_frames(keys: Tensor) -> Tensor:
     return pairs[:, None].expand(-1, NEW_FRAMES, -1, -1, -1)
 
 
+def cross_fade(pairs: Tensor) -> Tensor:
+    """Interpolate linearly, without a network: pairs (n, 3, 2c, h, w) -> (n, 3, c, h, w)."""
+    before, after = pairs.chunk(2, dim=2)
+    share = torch.arange(1, NEW_FRAMES + 1).to(pairs)[:, None, None, None] / (NEW_FRAMES + 1)
+    return torch.lerp(before, after, share)
+
+
 class Interpolator(nn.Module):
     """Latent diffusion of the frames between two key frames (paper §3, interpolation).
 
-    Started from the key frames' U-Net: the same weights, new input weights zero, each adaptor the
-    mean over the key frames. No mask, since the second key frame lies in the future (all ours).
+    The network predicts the residual of the latents and their cross-fade. Started from the key
+    frames' U-Net: the same weights, new input weights zero, each adaptor the mean over the key
+    frames. No mask, since the second key frame lies in the future (all ours).
     """
 
     def __init__(self, model: MagicVideo):
@@ -84,8 +93,9 @@ class Interpolator(nn.Module):
         z0 (b, 5, 4, h, w) are five frames in a row at `fps` (b,) a second, the first and the last
         of them key frames; t (b,). The network is told the key frames' rate.
         """
-        network = with_condition(self.unet, adjacent_key_frames(z0[:, [0, -1]]))
-        z0 = z0[:, 1:-1]
+        pairs = adjacent_key_frames(z0[:, [0, -1]])
+        network = with_condition(self.unet, pairs)
+        z0 = LATENT_SCALE * (z0[:, 1:-1] - cross_fade(pairs))
         eps = draw.normal(*z0.shape[1:]).to(z0)
         return self.diffusion.loss(network, z0, context, fps / (NEW_FRAMES + 1), t, eps)
 
@@ -107,9 +117,11 @@ class Interpolator(nn.Module):
             text = context[i : i + 1].expand(f - 1, -1, -1)
             rate = torch.full((f - 1,), float(fps), device=keys.device)
             generator = torch.Generator().manual_seed(seed + i)
-            new = self.diffusion.sample(with_condition(self.unet, pairs),
-                                        (f - 1, NEW_FRAMES, c, h, w), text, text, rate,
-                                        steps=steps, guidance=1.0, generator=[generator] * (f - 1))
+            z = self.diffusion.sample(with_condition(self.unet, pairs),
+                                      (f - 1, NEW_FRAMES, c, h, w), text, text, rate, steps=steps,
+                                      guidance=1.0, generator=[generator] * (f - 1))
+            # latents = cross-fade + z_0 / LATENT_SCALE
+            new = cross_fade(pairs) + z / LATENT_SCALE
             rows = torch.cat([keys[i, :-1, None], new], dim=1)  # (f-1, 4, c, h, w)
             clips.append(torch.cat([rows.flatten(0, 1), keys[i, -1:]]))  # (4f-3, c, h, w)
         return torch.stack(clips)
@@ -121,7 +133,7 @@ class Interpolator(nn.Module):
 SCALE = 4  # of height and width (paper: 256 -> 1024)
 CHANNELS = {"tiny": (16, 32, 64), "laptop": (16, 32, 64), "small": (32, 64, 128, 256),
             "paper": (64, 128, 256, 512)}
-MAX_AUG_LEVEL = 20  # timesteps of noise on the small frame in training, at most
+MAX_AUG_LEVEL = 20  # of noise on the small frame in training: timesteps 0 to 19
 SAMPLE_AUG_LEVEL = 1  # the same in sampling: about what a decoded frame differs from a true one
 RESIDUAL_SCALE = 8  # z_0 = RESIDUAL_SCALE * (frame - bicubic): about as large as noise
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cascade
-from cascade import Interpolator, Upscaler, upsample_bicubic
+from cascade import LATENT_SCALE, Interpolator, Upscaler, upsample_bicubic
 from conftest import NoFloat64, close, randn, recorded, seeded, shaken, small_model
 from magicvideo import PRESETS
 from stages import Draw
@@ -88,9 +88,21 @@ def test_interpolation_learns_the_three_frames_between_two_keys_at_the_rate_of_t
     assert torch.equal(z[:, 1, 4:], z0[:, [0, 4]].flatten(1, 2)) and context is TEXT
     assert torch.equal(given_t, t) and fps.tolist() == [24.0, 8.0]
     eps = draw().normal(3, 4, 4, 4).double()
-    assert torch.equal(z[:, :, :4], interpolator.diffusion.add_noise(z0[:, 1:4], eps, t))
-    v = interpolator.diffusion.target(z0[:, 1:4], eps, t)
+    fades = [(1 - share) * z0[:, 0] + share * z0[:, 4] for share in (0.25, 0.5, 0.75)]
+    residual = LATENT_SCALE * (z0[:, 1:4] - torch.stack(fades, dim=1))
+    assert close(z[:, :, :4], interpolator.diffusion.add_noise(residual, eps, t), 1e-12)
+    v = interpolator.diffusion.target(residual, eps, t)
     assert close(loss, v.square().mean((1, 2, 3, 4)), 1e-12)
+
+
+def test_a_network_that_knows_the_residual_samples_the_frames_between(model):
+    interpolator = Interpolator(model)
+    z0 = randn(2, 5, 4, 4, 4)
+    fades = torch.stack([torch.lerp(z0[:, 0], z0[:, 4], i / 4) for i in (1, 2, 3)], dim=1)
+    residual = iter(LATENT_SCALE * (z0[:, 1:4] - fades))
+    interpolator.unet.forward = lambda *_: -next(residual)[None]  # v of pure noise is -z_0
+    sampled = interpolator.sample(z0[:, [0, 4]], TEXT, 8, steps=1)
+    assert close(sampled, z0, 0.05)  # a last step ends at t = 0, where there is a little noise
 
 
 def test_a_clip_is_interpolated_alone_as_in_a_batch(interpolator):
