@@ -369,7 +369,8 @@ def start(overrides: dict) -> tuple[Settings, MagicVideo | None]:
     model = None
     if path := overrides.get("init_from"):
         model = MagicVideo.load(path, frames=overrides.get("frames") or None)
-        if model.config.preset != "tiny" and not {"data", "images"} & {*overrides}:
+        is_of_own_clips = model.config.preset != "tiny" and not model.config.pretrained
+        if is_of_own_clips and not {"data", "images"} & {*overrides}:
             raise InputError(f"--init-from {path}: add --data FOLDER with the clips to train it on")
         overrides = {"preset": model.config.preset, **overrides}
     elif {overrides.get("data", "shapes"), overrides.get("images", "shapes")} != {"shapes"}:

@@ -157,9 +157,13 @@ def matches(lists: list[str]) -> list[tuple[str, Callable]]:
 
 def open_folder(flags: argparse.Namespace, frames: int, size: int, seed: int, fps: float,
                 max_frames: int = MAX_FRAMES) -> ClipFolder:
-    """Open the clips of --data, as many as can be used."""
-    return ClipFolder(flags.data, frames, size, seed, fps, flags.frame_store, max_frames,
-                      skip_unusable=True)
+    """Open the clips of --data, as many as can be used, and say which cannot."""
+    folder = ClipFolder(flags.data, frames, size, seed, fps, flags.frame_store, max_frames,
+                        skip_unusable=True)
+    for note in folder.notes:
+        if "left out" in note:
+            print(note)
+    return folder
 
 
 def rates(model: MagicVideo, flags: argparse.Namespace) -> dict:

@@ -507,7 +507,7 @@ def test_a_start_from_a_model_keeps_its_vae_and_its_presets_settings(monkeypatch
     model.save("small.pt")
     seen = []
     monkeypatch.setattr(train, "train_stage", lambda stage, *_: seen.append(stage))
-    train.main(["--init-from", "small.pt", "--out", "run", "--device", "cpu"])
+    train.main(["--init-from", "small.pt", "--data", "shapes", "--out", "run", "--device", "cpu"])
     assert [stage.name for stage in seen] == ["image", "video"]
     assert "stage vae is left out: small.pt has been through it" in capsys.readouterr().out
     s = seen[0].s
