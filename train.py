@@ -591,7 +591,8 @@ def main(arguments: list[str], script: str | None = None) -> None:
     count = process_count()
     if script and device.type == "cpu" and "WORLD_SIZE" not in os.environ:
         count = flags.ranks or count_processes(s, classes, frames)
-    s = fit_batch(s, overrides | {"batch_size": s.batch_size} if resumed else overrides, count)
+    batch = {"batch_size": s.batch_size} if resumed else {}  # a resumed run keeps its batch
+    s = fit_batch(s, overrides | batch, count)
     data = open_all(s, frames, config.size * classes[-1].scale, classes[-1].rate_multiplier)
     if resumed and resumed["clips"] != data.names():
         folders = f"--data {s.data}" + (f", --images {s.images}" if s.images else "")

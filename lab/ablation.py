@@ -350,15 +350,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
     check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9), sampling_steps=(1, 1000))
-    if flags.data != "shapes" and flags.claim != "flicker":
-        raise InputError(f"--data {flags.data}: is for flicker; {flags.claim} takes shapes")
+    is_own = (flags.data, flags.checkpoint) != ("shapes", str(SHIPPED))
+    if is_own and flags.claim != "flicker":
+        raise InputError(f"--data, --checkpoint: are for flicker; {flags.claim} takes the shapes")
     variants = flags.variants or [*CLAIMS[flags.claim]]
     for name in variants:
         if name not in CLAIMS[flags.claim]:
             known = ", ".join(f'"{variant}"' for variant in CLAIMS[flags.claim])
             raise InputError(f'--variants "{name}": use some of {known}')
     kind = "pictures-" if flags.claim == "pictures" else ""
-    if (flags.data, flags.checkpoint) != ("shapes", str(SHIPPED)):
+    if is_own:
         kind = re.sub(r"\W+", "-", f"{flags.data}-{flags.checkpoint}-")
     bf16 = "-bf16" if flags.precision == "bf16" else ""
     # runs of another length or precision are others

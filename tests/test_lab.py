@@ -320,8 +320,9 @@ def test_a_claim_is_measured_for_every_variant_and_seed_and_compared_seed_by_see
     assert found["held-out loss"][0]["mean"].startswith("1.0000 [")
     with pytest.raises(InputError, match='--variants "both": use some of "strict", "literal"'):
         ablation.main(["masks", "--variants", "both"])
-    with pytest.raises(InputError, match="--data clips: is for flicker; masks takes shapes"):
-        ablation.main(["masks", "--data", "clips"])
+    for flags in (["--data", "clips"], ["--checkpoint", "model.pt"]):
+        with pytest.raises(InputError, match="--data, --checkpoint: are for flicker; masks takes"):
+            ablation.main(["masks", *flags])
 
 
 def test_flicker_is_measured_with_new_temporal_layers_and_kept(model, tmp_path, monkeypatch):
