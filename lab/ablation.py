@@ -103,6 +103,12 @@ CLAIMS = {
         "every 10th step, text encoder frozen": Variant(video=frozen("text_encoder")),
         "no stills, new parts alone": Variant(
             video=("--picture-every", "0", "--trainable", "adaptor|temporal|fps")),
+        "no stage image, every 10th step": Variant(
+            has_image_stage=False, video=("--picture-every", "10")),
+        "no stage image, every 10th step, Muon's rate 0.006": Variant(
+            has_image_stage=False, video=("--picture-every", "10", "--muon-lr", "0.006")),
+        "no stage image, every 20th step, Muon's rate 0.006": Variant(
+            has_image_stage=False, video=("--picture-every", "20", "--muon-lr", "0.006")),
         "stage video alone": Variant(has_image_stage=False, video=("--picture-every", "0")),
         "two colors move": Variant(video=("--picture-every", "10"), moving="red|blue"),
         "two shapes move": Variant(video=("--picture-every", "10"), moving="circle|square"),
@@ -145,7 +151,7 @@ CLAIMS = {
 def train_once(folder: Path, *flags) -> MagicVideo:
     """Train in `folder` with flags of train.py, or go on, or take what is there."""
     if not (folder / "done").exists():
-        flags = [*map(str, flags), "--cache", "1800", "--sample-every", str(10**9)]
+        flags = [*map(str, flags), "--cache", "7200", "--sample-every", str(10**9)]
         is_stopped = (folder / "checkpoint.pt").exists()
         train.main(["--out", str(folder), *(["--resume"] if is_stopped else flags)])
         (folder / "done").touch()
