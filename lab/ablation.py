@@ -105,9 +105,9 @@ CLAIMS = {
             video=("--picture-every", "0", "--trainable", "adaptor|temporal|fps")),
         "no stage image, every 10th step": Variant(
             has_image_stage=False, video=("--picture-every", "10")),
-        "no stage image, every 10th step, Muon's rate 0.006": Variant(
+        "no stage image, every 10th step, muon-lr 0.006": Variant(
             has_image_stage=False, video=("--picture-every", "10", "--muon-lr", "0.006")),
-        "no stage image, every 20th step, Muon's rate 0.006": Variant(
+        "no stage image, every 20th step, muon-lr 0.006": Variant(
             has_image_stage=False, video=("--picture-every", "20", "--muon-lr", "0.006")),
         "stage video alone": Variant(has_image_stage=False, video=("--picture-every", "0")),
         "two colors move": Variant(video=("--picture-every", "10"), moving="red|blue"),
