@@ -151,7 +151,7 @@ CLAIMS = {
 def train_once(folder: Path, *flags) -> MagicVideo:
     """Train in `folder` with flags of train.py, or go on, or take what is there."""
     if not (folder / "done").exists():
-        flags = [*map(str, flags), "--cache", "7200", "--sample-every", str(10**9)]
+        flags = [*map(str, flags), "--sample-every", str(10**9)]
         is_stopped = (folder / "checkpoint.pt").exists()
         train.main(["--out", str(folder), *(["--resume"] if is_stopped else flags)])
         (folder / "done").touch()
@@ -182,7 +182,7 @@ def train_variant(variant: Variant, folder: Path, seed: int, data: list[str],
     """Train a variant by stages image and video; variants share what they have in common."""
     out = folder.parent
     start = Path(f"{folder}.pt")
-    common = [*data, "--seed", seed, "--precision", flags.precision]
+    common = [*data, "--seed", seed, "--precision", flags.precision, "--cache", flags.cache]
     steps = flags.steps
     if variant.has_image_stage:
         moving = [variant.moving.replace("|", "-")] if variant.moving != FOUR_COLORS else []
@@ -348,6 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, help="weight of the text (the model's)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
                         help="of training: fp32 or bf16 (fp32)")
+    parser.add_argument("--cache", type=int, default=7200,
+                        help="cuts of clips that are trained on (7200)")
     parser.add_argument("--checkpoint", default=str(SHIPPED), help="of flicker: whose decoder "
                         "is trained on (the shipped shapes)")
     parser.add_argument("--data", default="shapes", help="of flicker: a folder of clips (shapes)")
@@ -355,7 +357,8 @@ def main(arguments: list[str] | None = None) -> None:
                         help="of flicker: names the clips of --data that are held out")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     flags = parser.parse_args(arguments)
-    check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9), sampling_steps=(1, 1000))
+    check_ranges(flags, image_steps=(1, 10**9), steps=(1, 10**9), sampling_steps=(1, 1000),
+                 cache=(1, 10**9))
     is_own = (flags.data, flags.checkpoint) != ("shapes", str(SHIPPED))
     if is_own and flags.claim != "flicker":
         raise InputError(f"--data, --checkpoint: are for flicker; {flags.claim} takes the shapes")
@@ -368,8 +371,9 @@ def main(arguments: list[str] | None = None) -> None:
     if is_own:
         kind = re.sub(r"\W+", "-", f"{flags.data}-{flags.checkpoint}-")
     bf16 = "-bf16" if flags.precision == "bf16" else ""
-    # runs of another length or precision are others
-    out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}{bf16}"
+    cuts = f"-{flags.cache}" if flags.cache != parser.get_default("cache") else ""
+    # runs of another length, precision or number of cuts are others
+    out = Path(flags.out) / f"{kind}{flags.image_steps}-{flags.steps}{bf16}{cuts}"
     measured = {}
     for name in variants:
         with ExitStack() as changes:

@@ -466,11 +466,17 @@ def test_the_paper_is_tried_on_clips_of_four_colors_and_pictures_of_eight(tmp_pa
     still = Path(shown[shown.index("--held-out") + 1]).read_text()
     assert still.count("triangle") == 48 and still.count("circle") == 8
     assert "3" == video[video.index("--video-steps") + 1]
+    assert "7200" == video[video.index("--cache") + 1]
     assert "5" == long[long.index("--video-steps") + 1] and "--picture-every" in long
     assert "^(?!.*(text_encoder))" in frozen
     held_out = Path(video[video.index("--held-out") + 1]).read_text().split("\n")
     trains, _ = open_data("shapes", 2, 8, held_out=video[video.index("--held-out") + 1])
     assert len(held_out) == 84 and {c.split()[1] for c in trains.captions} == moving
+    ablation.main(["pictures", *flags, "--seeds", "0", "--variants", "stage video alone",
+                   "--cache", "5"])
+    fewer = trained[-1]
+    assert "5" == fewer[fewer.index("--cache") + 1]
+    assert Path(fewer[3]).parent != Path(long[3]).parent  # other cuts, another run
 
 
 # --------------------------------------------------------------------------------------------------
